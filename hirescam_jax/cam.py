@@ -1,0 +1,228 @@
+"""HiResCAM and Grad-CAM: from a head and its features to signed maps, for all labels at once.
+
+A head is any function from features [B, *grid, C] to logits [B, K] that treats the examples of
+the batch independently (so: no BatchNorm inside it). Both maps need only the gradient of a logit
+with respect to the features, which `jax.vjp` through the head gives; the backbone is never
+differentiated. Everything here is pure and works under `jit`, `vmap` and `grad`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+Head: TypeAlias = Callable[[Array], Array]
+Labels: TypeAlias = Sequence[int] | np.ndarray | Array | None
+
+# Gradients of several labels are held at once only while they fit in this many bytes.
+MAX_GRADIENT_BYTES = 256 * 2**20
+
+
+class Explanation(NamedTuple):
+    """What `explain` returns.
+
+    logits [B, K]: the model's scores, all labels.
+    maps [B, L, *grid]: signed maps of the L chosen labels.
+    residual [B, L]: |sum of the map + bias - logit|, with bias = the head's output on all-zero
+        features. Zero up to rounding is a proof that the map accounts for the whole score, which
+        HiResCAM guarantees for an affine head; elsewhere it is the part left unexplained.
+    """
+
+    logits: Float[Array, "B K"]
+    maps: Float[Array, "B L *grid"]
+    residual: Float[Array, "B L"]
+
+
+def hirescam(
+    head: Head,
+    features: Float[Array, "B *grid C"],
+    labels: Labels = None,
+    *,
+    max_gradient_bytes: int = MAX_GRADIENT_BYTES,
+) -> Float[Array, "B L *grid"]:
+    """HiResCAM: the gradient of a logit times the features, summed over channels, signed.
+
+    maps[b, l] = sum_c d logit[b, labels[l]] / d features[b, ..., c] * features[b, ..., c]
+    (Draelos & Carin 2020, arXiv 2011.08891). If the head is affine, sum(maps[b, l]) plus the bias
+    of the label is its logit exactly.
+
+    Args:
+        head: features [B, *grid, C] -> logits [B, K]; must not mix examples of the batch.
+        features: float array; bfloat16 and float16 are computed in float32.
+        labels: None for all K labels, [L] for the same labels of every example, or [B, L].
+        max_gradient_bytes: the labels are taken in chunks whose gradients fit in this.
+
+    Returns:
+        Maps [B, K, *grid] for labels=None, otherwise [B, L, *grid].
+
+    Raises:
+        ValueError: features without a spatial axis, a head that does not return [B, K], or a
+            label that is out of range.
+    """
+
+    def channel_sum(gradient: Array, features: Array) -> Array:
+        return jnp.sum(gradient * features, axis=-1)
+
+    return _maps(channel_sum, head, features, labels, max_gradient_bytes)
+
+
+def gradcam(
+    head: Head,
+    features: Float[Array, "B *grid C"],
+    labels: Labels = None,
+    *,
+    max_gradient_bytes: int = MAX_GRADIENT_BYTES,
+) -> Float[Array, "B L *grid"]:
+    """Grad-CAM in any number of spatial axes: the gradient is averaged over positions first.
+
+    maps[b, l] = sum_c mean_grid(d logit / d features[..., c]) * features[b, ..., c], without the
+    final ReLU (Selvaraju et al. 2017, arXiv 1610.02391). The average is what can make it point to
+    places that the model did not use. Arguments, result and errors are those of `hirescam`.
+    """
+
+    def channel_sum(gradient: Array, features: Array) -> Array:
+        weights = jnp.mean(gradient, axis=tuple(range(1, gradient.ndim - 1)))
+        return jnp.einsum("b...c,bc->b...", features, weights, precision="highest")
+
+    return _maps(channel_sum, head, features, labels, max_gradient_bytes)
+
+
+METHODS = {"hirescam": hirescam, "gradcam": gradcam}
+
+
+def normalize_map(maps: Float[Array, "*batch"], spatial_axes: int | None = None) -> Array:
+    """Maps for display and OrganIoU: ReLU, subtract the minimum, divide by the maximum, per map.
+
+    Args:
+        maps: [B, L, *grid]; with `spatial_axes` = n the last n axes are one map, and any number
+            of axes may stand before them.
+        spatial_axes: number of spatial axes; default all but the first two.
+
+    Returns:
+        Same shape, in [0, 1]. A map that is constant after the ReLU (all zero, say) becomes zero.
+    """
+    first = 2 if spatial_axes is None else maps.ndim - spatial_axes
+    axes = tuple(range(first, maps.ndim))
+    maps = jax.nn.relu(maps)
+    maps = maps - maps.min(axis=axes, keepdims=True)
+    peak = maps.max(axis=axes, keepdims=True)
+    return jnp.where(peak > 0, maps / jnp.where(peak > 0, peak, 1), 0)
+
+
+def completeness_residual(
+    head: Head,
+    features: Float[Array, "B *grid C"],
+    logits: Float[Array, "B K"],
+    maps: Float[Array, "B L *grid"],
+    labels: Labels = None,
+) -> Float[Array, "B L"]:
+    """|sum of the map + bias - logit| with bias = head(0): zero for HiResCAM of an affine head."""
+    bias = head(jnp.zeros_like(_at_least_float32(features[:1])))
+    labels_BL = _label_grid(labels, features.shape[0], logits.shape[1])
+    total = maps.sum(axis=tuple(range(2, maps.ndim))) + bias[0][labels_BL]
+    return jnp.abs(total - jnp.take_along_axis(logits, labels_BL, axis=1))
+
+
+def explain(
+    model: Any,
+    variables: Any,
+    volumes: Float[Array, "B *volume"],
+    labels: Labels = None,
+    method: str = "hirescam",
+) -> Explanation:
+    """One forward pass and the maps of all (or the chosen) labels of a batch, in one program.
+
+    Args:
+        model: a Flax module with methods `features` (volumes -> [B, *grid, C]) and `head`
+            (features -> logits [B, K]), as all models of this package are.
+        variables: its variables, `{"params": ..., "batch_stats": ...}`.
+        volumes: what `model.features` takes (for AxialNet: normalised volumes [B, D, H, W]).
+        labels: None (all), [L] or [B, L].
+        method: "hirescam" or "gradcam".
+
+    Raises:
+        ValueError: an unknown method, or as `hirescam`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    if labels is not None and not isinstance(labels, jax.Array):
+        labels = np.asarray(labels)
+        num_labels = jax.eval_shape(model.apply, variables, volumes).shape[1]
+        _check_labels(labels, volumes.shape[0], num_labels)
+    return _explain(model, variables, volumes, labels, method)
+
+
+@partial(jax.jit, static_argnames=("model", "method"))
+def _explain(model: Any, variables: Any, volumes: Array, labels: Labels, method: str):
+    features = _at_least_float32(model.apply(variables, volumes, method="features"))
+    head = partial(model.apply, variables, method="head")
+    logits = head(features)
+    maps = METHODS[method](head, features, labels)
+    return Explanation(logits, maps, completeness_residual(head, features, logits, maps, labels))
+
+
+def _maps(
+    channel_sum: Callable[[Array, Array], Array],
+    head: Head,
+    features: Array,
+    labels: Labels,
+    max_gradient_bytes: int,
+) -> Array:
+    """Pulls one-hot cotangents through the head, as many labels at a time as memory allows."""
+    features = jnp.asarray(features)
+    if features.ndim < 3:
+        raise ValueError(
+            f"features must be [B, *grid, C] with at least one spatial axis, got {features.shape}"
+        )
+    features = _at_least_float32(features)
+    logits, pull_back = jax.vjp(head, features)
+    if logits.ndim != 2 or logits.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"head must return logits [B, K] with B = {features.shape[0]}, got {logits.shape}"
+        )
+    batch, num_labels = logits.shape
+    _check_labels(labels, batch, num_labels)
+    labels_LB = _label_grid(labels, batch, num_labels).T
+
+    def one_label(label_B: Int[Array, "B"]) -> Array:
+        (gradient,) = pull_back(jax.nn.one_hot(label_B, num_labels, dtype=logits.dtype))
+        return channel_sum(gradient, features)
+
+    chunk = max(1, max_gradient_bytes // (features.size * features.dtype.itemsize))
+    if chunk >= labels_LB.shape[0]:
+        maps_LB = jax.vmap(one_label)(labels_LB)
+    else:
+        maps_LB = jax.lax.map(one_label, labels_LB, batch_size=chunk if chunk > 1 else None)
+    return jnp.moveaxis(maps_LB, 0, 1)
+
+
+def _at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _label_grid(labels: Labels, batch: int, num_labels: int) -> Int[Array, "B L"]:
+    if labels is None:
+        labels = jnp.arange(num_labels)
+    labels = jnp.asarray(labels)
+    return jnp.broadcast_to(labels, (batch, labels.shape[-1]))
+
+
+def _check_labels(labels: Labels, batch: int, num_labels: int) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, jax.Array):
+        labels = np.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if labels.shape != (batch, *labels.shape[1:]) and labels.ndim != 1 or labels.ndim > 2:
+        raise ValueError(f"labels must be [L] or [B, L] with B = {batch}, got {labels.shape}")
+    if isinstance(labels, jax.core.Tracer) or labels.size == 0:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_labels:
+        wrong = low if low < 0 else high
+        raise ValueError(f"label {wrong} is out of range: the head has {num_labels} labels")

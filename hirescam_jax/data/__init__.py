@@ -1,0 +1,1 @@
+"""Data: volumes, organ regions, the phantom, prepared folders, and the Grain pipeline."""

@@ -1,0 +1,160 @@
+"""From a volume to the model's grid, and from the feature grid back to the volume.
+
+The model's grid is [D, H, W] = [superior->inferior, anterior->posterior, right->left] (so patient
+right is at w = 0), aligned with the world's axes and centred on the volume. The feature grid
+[d, h, w] divides it evenly.
+"""
+
+from collections.abc import Sequence
+
+import nibabel
+import numpy as np
+from jaxtyping import Float, Int16, Shaped
+from scipy import ndimage
+
+from hirescam_jax.data.volume import Volume
+
+MODEL_AXES = ("I", "P", "L")  # where the index grows to, along D, H and W
+MIN_HU = -1024  # scanners pad their round field of view with -2000 or lower: it is air
+
+# A point on the border belongs to the field of view, whichever way the rounding goes.
+BORDER_TOLERANCE = 1e-3
+
+
+def to_grid(
+    volume: Volume, spacing_mm: Sequence[float], shape: Sequence[int]
+) -> tuple[Int16[np.ndarray, "D H W"], Float[np.ndarray, "4 4"]]:
+    """Brings a CT to the model's grid.
+
+    The same scan gives the same bits in whichever axis order it is stored: it is reoriented
+    without loss first, and the grid is laid out from its centre, so that the rounding of the
+    file's origin has no say. Then a Gaussian against aliasing where the grid is coarser, and
+    linear interpolation, which honours oblique affines.
+
+    Args:
+        volume: Hounsfield units.
+        spacing_mm: of the grid, along D, H, W.
+        shape: of the grid, (D, H, W).
+
+    Returns:
+        volume_DHW: Hounsfield units; outside the scan its minimum; nothing below -1024.
+        affine: [4, 4] float64, indices of [D, H, W] -> RAS millimetres.
+    """
+    orientation = nibabel.orientations.ornt_transform(
+        nibabel.orientations.io_orientation(volume.affine),
+        nibabel.orientations.axcodes2ornt(MODEL_AXES),
+    )
+    voxels_DHW = nibabel.orientations.apply_orientation(volume.voxels, orientation)
+    flip_affine = nibabel.orientations.inv_ornt_aff(orientation, volume.voxels.shape)
+    # Files keep the axes in float32, some as a quaternion: less than a micrometre is rounding.
+    axes = np.round((volume.affine @ flip_affine)[:3, :3], 6)
+    grid_axes = np.zeros((3, 3))
+    grid_axes[[2, 1, 0], [0, 1, 2]] = -np.asarray(spacing_mm, np.float64)
+
+    factor = np.asarray(spacing_mm) / np.linalg.norm(axes, axis=0)
+    # The Gaussian whose width, added to that of a voxel, is that of a cell (both as full width at
+    # half maximum; Cardoso et al. 2015).
+    sigma = np.sqrt(np.maximum(factor**2 - 1, 0)) / (2 * np.sqrt(2 * np.log(2)))
+    values_DHW = np.maximum(voxels_DHW, MIN_HU).astype(np.float32)
+    air = float(values_DHW.min())
+    if sigma.any():
+        values_DHW = ndimage.gaussian_filter(values_DHW, sigma, mode="nearest")
+
+    matrix = np.linalg.solve(axes, grid_axes)
+    grid_centre = (np.asarray(shape) - 1) / 2
+    offset = (np.asarray(voxels_DHW.shape) - 1) / 2 - matrix @ grid_centre
+    values_DHW = _sample(values_DHW, matrix, offset, tuple(shape), air)
+
+    affine = np.eye(4)
+    affine[:3, :3] = grid_axes
+    centre = volume.affine @ np.append((np.asarray(volume.voxels.shape) - 1) / 2, 1)
+    affine[:3, 3] = centre[:3] - grid_axes @ grid_centre
+    return np.rint(np.clip(values_DHW, MIN_HU, 2**15 - 1)).astype(np.int16), affine
+
+
+def feature_affine(
+    grid_affine: Float[np.ndarray, "4 4"], shape: Sequence[int], grid: Sequence[int]
+) -> Float[np.ndarray, "4 4"]:
+    """The affine of the feature grid, which divides the model's grid evenly.
+
+    Cell c covers the voxels [c * n / m, (c + 1) * n / m) of an axis with n voxels and m cells.
+
+    Args:
+        grid_affine: indices of [D, H, W] -> RAS millimetres.
+        shape: (D, H, W).
+        grid: (d, h, w).
+
+    Returns:
+        [4, 4] float64, indices of [d, h, w] (centres of the cells) -> RAS millimetres.
+    """
+    ratio = np.asarray(shape, np.float64) / np.asarray(grid, np.float64)
+    to_voxels = np.diag([*ratio, 1.0])
+    to_voxels[:3, 3] = (ratio - 1) / 2
+    return grid_affine @ to_voxels
+
+
+def from_features(
+    map_dhw: Float[np.ndarray, "d h w"], affine: Float[np.ndarray, "4 4"], volume: Volume
+) -> Float[np.ndarray, "i j k"]:
+    """A map on the input's own grid: its value at the place of every voxel's centre.
+
+    Trilinear between the centres of the cells, constant from there to the border of the model's
+    field of view, zero outside.
+
+    Args:
+        map_dhw: raw signed map on the feature grid.
+        affine: of the feature grid (`feature_affine`).
+        volume: the input.
+
+    Returns:
+        float32, in the shape of `volume.voxels`.
+    """
+    return resample(map_dhw, affine, volume.affine, volume.voxels.shape)
+
+
+def resample(
+    values: Shaped[np.ndarray, "a b c"],
+    values_affine: Float[np.ndarray, "4 4"],
+    affine: Float[np.ndarray, "4 4"],
+    shape: tuple[int, ...],
+    outside: float = 0.0,
+) -> Float[np.ndarray, "i j k"]:
+    """Linear interpolation of one grid at the points of another; both affines lead to millimetres.
+
+    Every cell reaches half a cell beyond its centre; further away the result is `outside`.
+
+    Returns:
+        float32 [i, j, k] = `shape`.
+    """
+    index_map = np.linalg.solve(values_affine, affine)
+    return _sample(values, index_map[:3, :3], index_map[:3, 3], shape, outside)
+
+
+def _sample(
+    values: np.ndarray,
+    matrix: np.ndarray,
+    offset: np.ndarray,
+    shape: tuple[int, ...],
+    outside: float,
+) -> np.ndarray:
+    """values at matrix @ index + offset for every index of `shape`; see `resample`."""
+    out = ndimage.affine_transform(
+        values,
+        matrix,
+        offset,  # pyright: ignore[reportArgumentType]  (scipy's stub knows only a number)
+        shape,
+        np.float32,
+        order=1,
+        mode="nearest",
+    )
+    # Slab by slab, since the coordinates of an oblique grid are three numbers a voxel.
+    for start in range(0, shape[0], 16):
+        slab = out[start : start + 16]
+        index = np.ogrid[start : start + len(slab), : shape[1], : shape[2]]
+        inside = np.ones((1, 1, 1), bool)
+        for row, shift, size in zip(matrix, offset, values.shape, strict=True):
+            position = shift + sum(m * i for m, i in zip(row, index, strict=True) if m != 0)
+            inside = inside & (position >= -0.5 - BORDER_TOLERANCE)
+            inside = inside & (position <= size - 0.5 + BORDER_TOLERANCE)
+        np.copyto(slab, np.float32(outside), where=~inside)
+    return out

@@ -1,0 +1,140 @@
+"""From a data set to batches, with Grain: shuffled and endless for training, in order otherwise.
+
+What a training batch holds is a pure function of (seed, step): a resumed run, also on another
+number of processes, continues with exactly the volumes that an uninterrupted one would have seen.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+
+from hirescam_jax.config import FolderData, PhantomData
+from hirescam_jax.data.folder import Folder
+from hirescam_jax.data.phantom import Phantom
+from hirescam_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+    """A random-access split: item -> volume int16 [D, H, W], findings uint8 [K, R], regions uint8
+    [R, d, h, w] on the feature grid, and its own index."""
+
+    labels: tuple[str, ...]
+    regions: tuple[str, ...]
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> Batch: ...
+
+
+def open_split(
+    data: PhantomData | FolderData,
+    split: str,
+    grid: tuple[int, int, int],
+    labels: tuple[str, ...] = (),
+) -> Source:
+    """One split ("train", "val" or "test") of a data set, its masks on the feature grid.
+
+    Args:
+        labels: keep these labels only, in this order; empty for all.
+
+    Raises:
+        UserError: as the readers do, or a label that the data set has not.
+    """
+    if isinstance(data, PhantomData):
+        source = Phantom(data.phantom, split, getattr(data, f"{split}_size"), grid)
+    else:
+        source = Folder(data.path, split, grid)
+    return ChosenLabels(source, labels) if labels else source
+
+
+class ChosenLabels:
+    """A source with some of its labels."""
+
+    def __init__(self, source: Source, labels: tuple[str, ...]):
+        from hirescam_jax.config import nearest
+
+        for label in labels:
+            if label not in source.labels:
+                raise UserError(f"config.labels: '{label}' unknown{nearest(label, source.labels)}")
+        self.source, self.labels = source, labels
+        self.regions, self.shape = source.regions, source.shape
+        self.spacing_mm = source.spacing_mm
+        self.rows = [source.labels.index(label) for label in labels]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any) -> Batch:
+        item = dict(self.source[index])
+        item["findings"] = item["findings"][self.rows]
+        return item
+
+
+class InMemory:
+    """A source whose items are made once, by `workers` processes, and kept."""
+
+    def __init__(self, source: Source, workers: int, progress: Any = iter):
+        self.labels, self.regions = source.labels, source.regions
+        self.shape, self.spacing_mm = source.shape, source.spacing_mm
+        dataset = grain.MapDataset.source(source)  # type: ignore[arg-type]
+        # Workers hand over views of shared memory, which must be copied to be kept.
+        self.items = [
+            {name: np.array(value) for name, value in item.items()}
+            for item in progress(_read(dataset, workers))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Batch:
+        return self.items[index]
+
+
+def train_batches(
+    source: Source, batch_size: int, *, seed: int, start_step: int = 0, workers: int = 0
+) -> Iterator[Batch]:
+    """This process's part of every batch from `start_step` on, without end.
+
+    The global batch of step t is items [t * B, (t + 1) * B) of an endless sequence that is
+    shuffled anew each epoch; of these, process p of P takes every P-th, beginning with p.
+    """
+    processes = jax.process_count()
+    endless = grain.MapDataset.source(source).seed(seed).shuffle().repeat()  # type: ignore
+    mine = endless[jax.process_index() :: processes].batch(batch_size // processes)
+    return iter(_read(mine[start_step:], workers))
+
+
+def eval_batches(source: Source, batch_size: int, *, workers: int = 0) -> Iterator[Batch]:
+    """Every item once, in order. The last batch is filled up with item 0, whose `weight` is 0."""
+    padded = -(-len(source) // batch_size) * batch_size
+
+    def item(i: int) -> Batch:
+        real = i < len(source)
+        return {**source[i if real else 0], "weight": np.float32(real)}
+
+    dataset = grain.MapDataset.range(padded).map(item).batch(batch_size)
+    return iter(_read(dataset, workers))
+
+
+def _read(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:
+    threads = grain.ReadOptions(num_threads=0 if workers else 2, prefetch_buffer_size=4)
+    items = dataset.to_iter_dataset(threads)
+    if workers:
+        _parse_absl_flags()
+        items = items.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return items
+
+
+def _parse_absl_flags() -> None:
+    """Grain's worker processes read absl flags, which must have been parsed once."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["hirescam"], known_only=True)

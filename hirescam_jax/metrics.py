@@ -1,0 +1,118 @@
+"""Measures of predictions (AUROC, average precision) and of maps (OrganIoU)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.stats import rankdata
+
+# The paper's 53 thresholds: .004 .008 .012 .016, and .02 to .98 by .02 (arXiv 2111.12215).
+ORGAN_IOU_THRESHOLDS = np.concatenate([np.arange(1, 5) / 250, np.arange(1, 50) / 50])
+
+
+class Interval(NamedTuple):
+    """A point estimate with its bootstrap 95 % interval; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+
+def organ_iou(
+    maps: Float[Array, "B K *grid"], allowed: Array, thresholds: Float[Array, "T"]
+) -> Float[Array, "B K T"]:
+    """OrganIoU: the share of the attended cells that lie in the allowed organ.
+
+    A = cells of the map above the threshold inside the allowed region, B = those outside;
+    OrganIoU = A / (A + B), and 0 where nothing is above the threshold (arXiv 2111.12215).
+
+    Args:
+        maps: normalised maps (`normalize_map`), in [0, 1].
+        allowed: [B, K, *grid], bool or {0, 1}.
+        thresholds: [T].
+
+    Raises:
+        ValueError: maps and allowed differ in shape.
+    """
+    if maps.shape != allowed.shape:
+        raise ValueError(f"maps {maps.shape} and allowed {allowed.shape} must agree")
+    axes = tuple(range(2, maps.ndim))
+    inside = jnp.asarray(allowed).astype(bool)
+
+    def at(threshold: Array) -> Array:
+        above = maps > threshold
+        return jnp.sum(above & inside, axis=axes) / jnp.maximum(jnp.sum(above, axis=axes), 1)
+
+    return jnp.moveaxis(jax.lax.map(at, jnp.asarray(thresholds, maps.dtype)), 0, -1)
+
+
+def auroc(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve along the last axis: P(positive scores above negative), ties half.
+
+    The Mann-Whitney statistic of the ranks. scores [..., N] float, truth [..., N] bool; returns
+    [...], NaN where a class is missing.
+    """
+    truth = np.asarray(truth, bool)
+    positives = truth.sum(-1)
+    negatives = truth.shape[-1] - positives
+    ranks = rankdata(scores, axis=-1)
+    statistic = np.where(truth, ranks, 0).sum(-1) - positives * (positives + 1) / 2
+    pairs = positives * negatives
+    return np.where(pairs > 0, statistic / np.maximum(pairs, 1), np.nan)
+
+
+def average_precision(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Average precision along the last axis: precision at each threshold times the recall gained.
+
+    Equal scores share one threshold. scores [..., N] float, truth [..., N] bool; returns [...],
+    NaN without a positive.
+    """
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    scores = np.take_along_axis(scores, order, -1)
+    truth = np.take_along_axis(np.asarray(truth, bool), order, -1)
+    hits = np.cumsum(truth, -1)
+    precision = hits / np.arange(1, truth.shape[-1] + 1)
+    # Within a run of equal scores the precision that counts is the one at the end of the run.
+    ends = np.concatenate([np.diff(scores, axis=-1) != 0, np.ones((*scores.shape[:-1], 1))], -1) > 0
+    position = np.where(ends, np.arange(truth.shape[-1]), truth.shape[-1])
+    end_of_run = np.minimum.accumulate(position[..., ::-1], axis=-1)[..., ::-1]
+    precision = np.take_along_axis(precision, end_of_run, -1)
+    positives = hits[..., -1]
+    total = np.where(truth, precision, 0).sum(-1)
+    return np.where(positives > 0, total / np.maximum(positives, 1), np.nan)
+
+
+def nan_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean over the entries that are defined; NaN (without a warning) where none is."""
+    defined = ~np.isnan(values)
+    count = defined.sum(axis)
+    total = np.where(defined, values, 0).sum(axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    num_cases: int,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Percentile bootstrap over the cases of a split.
+
+    Args:
+        statistic: case indices [S, N] -> values [S, ...], vectorised over the S resamples.
+
+    Returns:
+        value, low, high: each [...]; the statistic on all cases, and its 2.5 and 97.5 percentiles
+        over the resamples in which it is defined.
+    """
+    rng = np.random.default_rng(seed)
+    value = statistic(np.arange(num_cases)[None])[0]
+    draws = statistic(rng.integers(num_cases, size=(resamples, num_cases)))
+    if np.isnan(draws).all(axis=0).any():
+        # nanpercentile warns where a column has no value at all.
+        draws = np.where(np.isnan(draws).all(axis=0), np.inf, draws)
+    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
+    return value, np.where(np.isinf(low), np.nan, low), np.where(np.isinf(high), np.nan, high)

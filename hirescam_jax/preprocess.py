@@ -1,0 +1,95 @@
+"""What happens to a volume on the device, inside the compiled step: window, scale, augment.
+
+The pipeline ships int16 Hounsfield units and small masks; everything else is here, so that the
+host only loads. Flips and rotations move a volume and its region masks together.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """Window, scale and augmentation; the defaults are the paper's (arXiv 2011.08891).
+
+    hu_min, hu_max: Hounsfield units are clipped to this and brought to [0, 1].
+    mean: subtracted afterwards (the grey mean of ImageNet).
+    flip: probability of a flip along one random axis, in training.
+    rotate: probability of an axial rotation by 90, 180 or 270 degrees, in training.
+    """
+
+    hu_min: float = -1000.0
+    hu_max: float = 800.0
+    mean: float = 0.449
+    flip: float = 0.5
+    rotate: float = 0.5
+
+    def normalize(self, volume: Array) -> Float[Array, "*dims"]:
+        """Hounsfield units (any dtype, any shape) -> float32, windowed, in [-mean, 1 - mean]."""
+        volume = jnp.clip(volume.astype(jnp.float32), self.hu_min, self.hu_max)
+        return (volume - self.hu_min) / (self.hu_max - self.hu_min) - self.mean
+
+
+def augment(
+    settings: Preprocess,
+    key: Array,
+    volume_BDHW: Integer[Array, "B D H W"],
+    regions_BRdhw: Integer[Array, "B R d h w"],
+) -> tuple[Integer[Array, "B D H W"], Integer[Array, "B R d h w"]]:
+    """Flips and axial rotations, drawn for each example, of volumes and their masks alike.
+
+    Args:
+        key: keys [B], one an example.
+
+    Raises:
+        ValueError: rotations are asked for and H != W or h != w.
+    """
+    if settings.rotate > 0 and (
+        volume_BDHW.shape[2] != volume_BDHW.shape[3]
+        or regions_BRdhw.shape[3] != regions_BRdhw.shape[4]
+    ):
+        raise ValueError("rotations by 90 degrees need H = W: set preprocess.rotate to 0")
+
+    def one(key: Array, volume_DHW: Array, regions_Rdhw: Array) -> tuple[Array, Array]:
+        flip_key, axis_key, rotate_key, turns_key = jax.random.split(key, 4)
+        flip = jax.random.bernoulli(flip_key, settings.flip)
+        axis = jnp.where(flip, jax.random.randint(axis_key, (), 0, 3), -1)
+        rotate = jax.random.bernoulli(rotate_key, settings.rotate)
+        turns = jnp.where(rotate, jax.random.randint(turns_key, (), 1, 4), 0)
+        return (
+            flip_and_rotate(volume_DHW, axis, turns, bool(settings.flip), bool(settings.rotate)),
+            flip_and_rotate(regions_Rdhw, axis, turns, bool(settings.flip), bool(settings.rotate)),
+        )
+
+    if settings.flip == 0 and settings.rotate == 0:
+        return volume_BDHW, regions_BRdhw
+    return jax.vmap(one)(key, volume_BDHW, regions_BRdhw)
+
+
+def flip_and_rotate(
+    x: Array, axis: Array, turns: Array, flips: bool = True, rotations: bool = True
+) -> Array:
+    """`jnp.flip` along one of the last three axes (-1: none), then `jnp.rot90` in the last two.
+
+    Written as selects between an array and its mirror image, since under vmap a `lax.switch`
+    would compute all of its branches.
+    """
+    # A turn by 90 degrees is a transpose and a flip of H; by 180 a flip of both; by 270 a
+    # transpose and a flip of W.
+    flip_d, flip_h, flip_w = (axis == i for i in range(3))
+    if flips:
+        x = jnp.where(flip_d, jnp.flip(x, -3), x)
+    if rotations:
+        turn = (turns == 1) | (turns == 3)
+        x_flipped = _flip_hw(x, flip_h, flip_w)
+        x = jnp.where(turn, jnp.swapaxes(x_flipped, -1, -2), x_flipped)
+        return _flip_hw(x, (turns == 1) | (turns == 2), (turns == 2) | (turns == 3))
+    return _flip_hw(x, flip_h, flip_w) if flips else x
+
+
+def _flip_hw(x: Array, flip_h: Array, flip_w: Array) -> Array:
+    x = jnp.where(flip_h, jnp.flip(x, -2), x)
+    return jnp.where(flip_w, jnp.flip(x, -1), x)
