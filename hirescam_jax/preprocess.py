@@ -59,37 +59,30 @@ def augment(
         axis = jnp.where(flip, jax.random.randint(axis_key, (), 0, 3), -1)
         rotate = jax.random.bernoulli(rotate_key, settings.rotate)
         turns = jnp.where(rotate, jax.random.randint(turns_key, (), 1, 4), 0)
-        return (
-            flip_and_rotate(volume_DHW, axis, turns, bool(settings.flip), bool(settings.rotate)),
-            flip_and_rotate(regions_Rdhw, axis, turns, bool(settings.flip), bool(settings.rotate)),
-        )
+        return flip_and_rotate(volume_DHW, axis, turns), flip_and_rotate(regions_Rdhw, axis, turns)
 
     if settings.flip == 0 and settings.rotate == 0:
         return volume_BDHW, regions_BRdhw
     return jax.vmap(one)(key, volume_BDHW, regions_BRdhw)
 
 
-def flip_and_rotate(
-    x: Array, axis: Array, turns: Array, flips: bool = True, rotations: bool = True
-) -> Array:
+def flip_and_rotate(x: Array, axis: Array, turns: Array) -> Array:
     """`jnp.flip` along one of the last three axes (-1: none), then `jnp.rot90` in the last two.
 
-    Written as selects between an array and its mirror image, since under vmap a `lax.switch`
+    One gather, so that the cost does not depend on what was drawn: under vmap a `lax.switch`
     would compute all of its branches.
     """
-    # A turn by 90 degrees is a transpose and a flip of H; by 180 a flip of both; by 270 a
-    # transpose and a flip of W.
-    flip_d, flip_h, flip_w = (axis == i for i in range(3))
-    if flips:
-        x = jnp.where(flip_d, jnp.flip(x, -3), x)
-    if rotations:
-        turn = (turns == 1) | (turns == 3)
-        x_flipped = _flip_hw(x, flip_h, flip_w)
-        x = jnp.where(turn, jnp.swapaxes(x_flipped, -1, -2), x_flipped)
-        return _flip_hw(x, (turns == 1) | (turns == 2), (turns == 2) | (turns == 3))
-    return _flip_hw(x, flip_h, flip_w) if flips else x
-
-
-def _flip_hw(x: Array, flip_h: Array, flip_w: Array) -> Array:
-    x = jnp.where(flip_h, jnp.flip(x, -2), x)
-    return jnp.where(flip_w, jnp.flip(x, -1), x)
+    depth, height, width = x.shape[-3:]
+    d, h, w = jnp.arange(depth), jnp.arange(height)[:, None], jnp.arange(width)
+    # Where each cell of the result comes from, backwards: first the rotation, then the flip.
+    down, right = height - 1 - h, width - 1 - w
+    turned = (turns == 1) | (turns == 3)
+    row = jnp.where(turned, jnp.where(turns == 1, w, right), jnp.where(turns == 2, down, h))
+    column = jnp.where(turned, jnp.where(turns == 1, down, h), jnp.where(turns == 2, right, w))
+    d = jnp.where(axis == 0, depth - 1 - d, d)
+    row = jnp.where(axis == 1, height - 1 - row, row)
+    column = jnp.where(axis == 2, width - 1 - column, column)
+    flat = x.reshape(*x.shape[:-2], height * width)
+    source = (row * width + column).reshape(-1)
+    moved = flat.at[..., d[:, None], source].get(mode="promise_in_bounds")
+    return moved.reshape(x.shape)

@@ -1,8 +1,9 @@
-"""An endless supply of made-up chest CTs with exact truth: the data set that comes with the package.
+"""An endless supply of made-up chest CTs with exact truth: the data set that comes along.
 
-Every patient is a pure function of (seed, split, index): a body of random size, build and sex, up to twelve findings
-each inside its organ, and marks outside all organs that go with the findings in training and validation but not in the
-test split. Nothing is stored; the same patient can be rendered on any grid.
+Every patient is a pure function of (seed, split, index): a body of random size, build and sex, up
+to twelve findings, each inside its organ, and marks outside all organs that go with the findings
+in training and validation but not in the test split. Nothing is stored; the same patient can be
+drawn on any grid.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import operator
 
 import numpy as np
 
-from hirescam_jax.data.phantom_anatomy import REGIONS, Patient, draw_chest, draw_patient
+from hirescam_jax.data.phantom_anatomy import REGIONS, Patient, draw_patient
 from hirescam_jax.data.phantom_canvas import Canvas
+from hirescam_jax.data.phantom_chest import draw_chest
 from hirescam_jax.data.phantom_findings import (
     LABELS,
     LUNG_LABELS,
     PLACES,
     Findings,
-    Painter,
+    FindingsPainter,
     change_anatomy,
     draw_findings,
 )
@@ -60,8 +62,9 @@ class PhantomConfig:
     shape        voxels (D, H, W): down, back, to the patient's left
     field_mm     edges of the field of view, mm; the spacing is field_mm / shape
     seed         another seed is another population
-    confounding  c in [0, 1]: in train and val a mark is present with probability (1 + c) / 2 in patients who have a
-                 finding that it goes with and (1 - c) / 2 in the others; in test with 1 / 2 in all
+    confounding  c in [0, 1]: in train and val a mark is present with probability (1 + c) / 2 in
+                 patients who have a finding that it goes with (see MARKS) and (1 - c) / 2 in all
+                 others; in test with probability 1 / 2 in everybody
     """
 
     shape: tuple[int, int, int] = (48, 64, 64)
@@ -75,7 +78,8 @@ class PhantomCase:
     """One patient at full resolution.
 
     volume    int16 [D, H, W], Hounsfield units in [-1024, 3071]
-    affine    float64 [4, 4], voxel index (d, h, w, 1) -> world mm (right to left is -x, back is -y, up is +z: RAS)
+    affine    float64 [4, 4], voxel (d, h, w, 1) -> world mm, RAS (x grows towards the patient's
+              right, y to the front, z to the head); the world's origin is the volume's centre
     findings  uint8 [K, R], 1 where label k is found in region r
     regions   bool [R, D, H, W], disjoint
     lesions   bool [K, D, H, W], inside the regions that `findings` names
@@ -117,8 +121,10 @@ def draw_found(rng: np.random.Generator) -> np.ndarray:
     return found
 
 
-def draw_marks_present(rng: np.random.Generator, found: np.ndarray, confounding: float) -> dict[str, bool]:
-    """Which marks are present, given the findings [K, R] and the strength of their link in [0, 1]."""
+def draw_marks_present(
+    rng: np.random.Generator, found: np.ndarray, confounding: float
+) -> dict[str, bool]:
+    """Which marks are present, given the findings [K, R] and how firmly they go together."""
     marks = {}
     for mark, labels in MARKS.items():
         ill = any(found[LABELS.index(label)].any() for label in labels)
@@ -127,9 +133,11 @@ def draw_marks_present(rng: np.random.Generator, found: np.ndarray, confounding:
 
 
 def draw_person(config: PhantomConfig, split: str, index: int) -> Person:
-    """The patient `index` of a split: a pure function of (config.seed, split, index) and config.confounding."""
+    """The patient `index` of a split; of the config, only seed and confounding matter."""
     key = (config.seed, SPLITS.index(split), index)
-    found_rng, mark_rng, patient_rng, finding_rng = (np.random.default_rng((*key, i)) for i in range(4))
+    found_rng, mark_rng, patient_rng, finding_rng = (
+        np.random.default_rng((*key, i)) for i in range(4)
+    )
     found = draw_found(found_rng)
     marks = draw_marks_present(mark_rng, found, 0.0 if split == "test" else config.confounding)
     patient = draw_patient(patient_rng)
@@ -142,13 +150,19 @@ def render(
     spacing: tuple[float, float, float],
     lesions: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a person -> volume int16 [D, H, W] in HU, labels uint8 [D, H, W] (0, or 1 + place in REGIONS).
+    """Draw a person.
 
-    `lesions` bool [K, D, H, W], where given, is filled in.
+    Args:
+      person: whom.
+      shape: voxels (D, H, W).
+      spacing: their edges, mm.
+      lesions: bool [K, D, H, W], all False, to be filled in.
+
+    Returns:
+      volume int16 [D, H, W], HU; labels uint8 [D, H, W], 0 or 1 + place in REGIONS.
     """
-    sides = {label: tuple(person.found[LABELS.index(label), :2].astype(bool)) for label in LUNG_LABELS}
     present = frozenset(label for label, row in zip(LABELS, person.found, strict=True) if row.any())
-    anatomy, bulges = change_anatomy(person.patient, person.findings, present)
+    anatomy, masses = change_anatomy(person.patient, person.findings, present)
     noise = np.random.default_rng(person.noise_seed)
     volume = np.empty(shape, np.int16)
     labels = np.empty(shape, np.uint8)
@@ -156,9 +170,11 @@ def render(
     for start in range(0, shape[0], thick):
         stop = min(start + thick, shape[0])
         canvas = Canvas(shape, spacing, person.patient.pose, start, stop)
-        scene = draw_chest(canvas, anatomy, person.marks["arms_down"], bulges)
-        masks = None if lesions is None else {k: lesions[i, start:stop] for i, k in enumerate(LABELS)}
-        Painter(scene, person.findings, masks).draw(present, sides)
+        scene = draw_chest(canvas, anatomy, person.marks["arms_down"], masses)
+        masks = (
+            None if lesions is None else {k: lesions[i, start:stop] for i, k in enumerate(LABELS)}
+        )
+        FindingsPainter(scene, person.findings, masks).draw(person.found)
         draw_table(canvas, anatomy, person.marks["flat_table"])
         draw_marks(canvas, anatomy, person.marks)
         canvas.hu += _noise(noise, canvas.shape, person.patient)
@@ -168,7 +184,7 @@ def render(
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, int, int], patient: Patient) -> np.ndarray:
-    """Scanner noise, HU, float32: correlated between neighbours in the slice, standard deviation as given."""
+    """Scanner noise, HU, float32, correlated between neighbours in the slice."""
     noise = rng.standard_normal(shape, np.float32)
     for axis in (1, 2):
         noise = noise + patient.noise_grain * np.roll(noise, 1, axis)
@@ -185,7 +201,8 @@ class Phantom:
       grid: (d, h, w), the feature grid to which the region masks are brought by nearest neighbour.
 
     Raises:
-      ValueError: an unknown split, a negative size or seed, an empty grid, or a confounding outside [0, 1].
+      ValueError: an unknown split, a negative size or seed, an empty grid, a confounding
+        outside [0, 1].
     """
 
     labels = LABELS
@@ -197,7 +214,9 @@ class Phantom:
         if size < 0 or config.seed < 0:
             raise ValueError(f"size and seed must not be negative, got {size} and {config.seed}")
         if len(config.shape) != 3 or len(grid) != 3 or min(*config.shape, *grid) < 1:
-            raise ValueError(f"shape and grid need three positive sizes, got {config.shape} and {grid}")
+            raise ValueError(
+                f"shape and grid need three positive sizes, got {config.shape} and {grid}"
+            )
         if not 0 <= config.confounding <= 1:
             raise ValueError(f"confounding must lie in [0, 1], got {config.confounding}")
         self.config, self.split, self.size, self.grid = config, split, size, tuple(grid)
@@ -220,24 +239,39 @@ class Phantom:
         """What is random about patient `index`, undrawn."""
         index = operator.index(index)
         if not 0 <= index < self.size:
-            raise IndexError(f"index {index} is outside the {self.size} patients of split {self.split!r}")
+            raise IndexError(
+                f"index {index} is outside the {self.size} patients of split {self.split!r}"
+            )
         return draw_person(self.config, self.split, index)
 
-    def __getitem__(self, index) -> dict[str, np.ndarray]:
+    def __getitem__(self, index) -> dict[str, np.ndarray | np.int32]:
         """Patient `index` for training.
 
         Returns:
-          volume: int16 [D, H, W] HU; findings: uint8 [K, R]; regions: uint8 [R, d, h, w] in {0, 1}; index: int32.
+          volume int16 [D, H, W], HU; findings uint8 [K, R], 1 where label k is found in region r;
+          regions uint8 [R, d, h, w], 1 inside; index int32.
+
+        Raises:
+          IndexError: no such patient.
         """
         person = self.person(index)
         volume, labels = render(person, self.config.shape, self.spacing_mm)
         picks = (np.arange(o) * n // o for n, o in zip(self.config.shape, self.grid, strict=True))
         small = labels[np.ix_(*picks)]
         regions = (small == np.arange(1, len(REGIONS) + 1)[:, None, None, None]).astype(np.uint8)
-        return {"volume": volume, "findings": person.found, "regions": regions, "index": np.int32(index)}
+        return {
+            "volume": volume,
+            "findings": person.found,
+            "regions": regions,
+            "index": np.int32(index),
+        }
 
     def case(self, index) -> PhantomCase:
-        """Patient `index` with everything that is known about it, at full resolution."""
+        """Patient `index` with everything that is known about it, at full resolution.
+
+        Raises:
+          IndexError: no such patient.
+        """
         person = self.person(index)
         lesions = np.zeros((len(LABELS), *self.config.shape), bool)
         volume, labels = render(person, self.config.shape, self.spacing_mm, lesions)

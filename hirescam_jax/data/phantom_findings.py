@@ -1,7 +1,7 @@
-"""The twelve findings of the phantom: how they are drawn at random and how they change the chest.
+"""The twelve findings of the phantom: how they differ between patients, and how they are drawn.
 
-A finding is described in patient mm before anything is drawn, present or not, so that the same patient can be shown
-with and without it and at any resolution.
+A finding is described in patient mm before anything is drawn, whether the patient has it or not,
+so that the same patient can be shown with and without it and on any grid.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from scipy import ndimage
 
-from hirescam_jax.data.phantom_anatomy import Anatomy, Patient, Scene, Tube
-from hirescam_jax.data.phantom_canvas import Patch, smooth_path
+from hirescam_jax.data.phantom_anatomy import REGIONS, SIDES, Anatomy, Patient
+from hirescam_jax.data.phantom_canvas import Patch, Tube, curve, join
+from hirescam_jax.data.phantom_chest import EVERYWHERE, Scene
 
 LUNG_LABELS = (
     "nodule",
@@ -21,7 +23,7 @@ LUNG_LABELS = (
     "fibrosis",
     "pleural_effusion",
 )
-PLACES = {  # the other findings and the region that holds them
+PLACES = {  # the other findings, and the region of each
     "cardiomegaly": "heart",
     "coronary_calcification": "heart",
     "pacemaker": "heart",
@@ -30,254 +32,308 @@ PLACES = {  # the other findings and the region that holds them
     "lymphadenopathy": "mediastinum",
 }
 LABELS = LUNG_LABELS + tuple(PLACES)
-SIDES = (-1, 1)  # right, left: the sign of x, and the order of the two lungs in REGIONS
-
-
-@dataclasses.dataclass(frozen=True)
-class Cloud:
-    """Overlapping balls: points [N, 3] mm and radii [N] mm."""
-
-    points: np.ndarray
-    radii: np.ndarray
+_NODE_STATIONS = np.array(
+    [
+        (-66, 12, -24),
+        (-50, 20, -24),
+        (-30, -46, -12),
+        (-20, 40, 2),
+        (-14, 24, -54),
+        (-10, 26, 58),
+        (-54, -40, -20),
+        (-52, -30, 30),
+    ],
+    float,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """One patient's findings as they would look; pairs hold (right, left)."""
+    """How each finding looks in one patient; pairs are (right, left), tubes are clouds of balls."""
 
-    nodule: tuple[Cloud, Cloud]
-    consolidation: tuple[Cloud, Cloud]
-    ground_glass: tuple[Cloud, Cloud]
-    emphysema: tuple[Cloud, Cloud]
-    fibrosis_mm: tuple[float, float]  # thickness of the subpleural band
+    nodule: tuple[Tube, Tube]
+    consolidation: tuple[Tube, Tube]
+    ground_glass: tuple[Tube, Tube]
+    emphysema: tuple[Tube, Tube]
+    fibrosis_mm: tuple[float, float]  # thickness of the band under the pleura
     effusion_mm: tuple[float, float]  # depth of the fluid at the back
     heart_growth: float
     pericardial_mm: float
-    aorta_widening: tuple[float, float]  # mm: ascending, descending
-    nodes: Cloud
-    calcified: tuple[np.ndarray, np.ndarray]  # share along, and radius of, the plaques of the coronary arteries
-    density: float  # 0..1 within each finding's range of attenuation
+    aorta_mm: tuple[float, float]  # growth of the radius: ascending, descending
+    nodes: Tube
+    plaques: np.ndarray  # [3, N] places along the three coronary arteries, 0 .. 1
+    plaque_mm: np.ndarray  # [3, N] radii
+    texture: int  # seed
+    density: float  # 0 .. 1 within each finding's range of attenuation
 
 
 def draw_findings(rng: np.random.Generator, patient: Patient) -> Findings:
-    """Draw what each finding would look like in this patient."""
-    u = rng.uniform
-    growth = u(1.25, 1.48)
-    room = Anatomy(patient, heart_growth=growth, fluid_mm=10.0)  # lesions fit whatever else is found
+    """Draw how each finding would look in this patient."""
+    u, normal = rng.uniform, rng.normal
+    growth, fluid = u(1.28, 1.50), u(9, 18)
+    # lesions keep clear of the heart at its largest, and so fit whatever else is found
+    room = Anatomy(patient, growth, fluid)
+    tries = u((-125, -90, 12), (115, 88, 118), (700, 3))
 
-    def lung_points(side: int, count: int, depth: float, low: float = -115, high: float = 110):
-        """`count` points [count, 3] at least `depth` mm inside the lung, between two heights."""
-        tries = u((low, -85, 14), (high, 85, 118), (60 * count + 200, 3)) * (1, 1, side)
-        inside = tries[room.free_lung_mm(*tries.T) < -depth]
-        return np.resize(inside, (count, 3)) if len(inside) else np.tile((-20.0, 0, 70 * side), (count, 1))
+    def pool(side: int) -> tuple[np.ndarray, np.ndarray]:
+        points = tries * (1, 1, side)
+        depth = -room.lung_mm(*points.T)
+        return points[depth > 1], depth[depth > 1]
 
-    def clump(centre: np.ndarray, count: int, spread, radii: tuple[float, float]) -> Cloud:
-        return Cloud(centre + rng.normal(size=(count, 3)) * spread, u(*radii, count))
+    lungs = pool(SIDES[0]), pool(SIDES[1])
 
-    def nodule(side: int) -> Cloud:
-        clouds = []
-        for centre in lung_points(side, int(rng.integers(1, 3)), 12):
+    def pick(lung, count: int, depth: float, low: float = -130, high: float = 120) -> np.ndarray:
+        """Points [count, 3] mm at least `depth` mm inside a lung, between two heights."""
+        points, depths = lung
+        good = points[(depths > depth) & (points[:, 0] > low) & (points[:, 0] < high)]
+        return (good if len(good) else points)[rng.integers(max(len(good), 1), size=count)]
+
+    def clump(centre: np.ndarray, count: int, spread, radii: tuple[float, float]) -> Tube:
+        return centre + normal(size=(count, 3)) * spread, u(*radii, count)
+
+    def nodule(lung) -> Tube:
+        balls = []
+        for centre in pick(lung, 1 + int(rng.random() < 0.4), 13):
             radius = u(7.5, 15)
-            bumps = rng.normal(size=(7, 3))
-            bumps *= 0.72 * radius / np.linalg.norm(bumps, axis=1, keepdims=True)
-            clouds.append(Cloud(np.vstack([centre[None], centre + bumps]), np.r_[0.88 * radius, u(0.25, 0.42, 7) * radius]))
-        return _join(clouds)
+            bumps = normal(size=(8, 3))
+            bumps *= 0.74 * radius / np.linalg.norm(bumps, axis=1, keepdims=True)
+            balls += [(centre[None], np.array([0.88 * radius]))]
+            balls += [(centre + bumps, u(0.22, 0.40, 8) * radius)]
+        return join(balls)
 
-    def consolidation(side: int) -> Cloud:
-        centre = lung_points(side, 1, 10, -60, 80)[0]
-        return clump(centre, 16, (16, 13, 12), (11, 21))
+    def consolidation(lung) -> Tube:
+        centre = pick(lung, 1, 8, -70, 80)[0]
+        return join(
+            [clump(centre, 12, (15, 12, 11), (12, 20)), clump(centre, 30, (22, 18, 17), (4, 9))]
+        )
 
-    def ground_glass(side: int) -> Cloud:
-        return _join([clump(q, 7, (12, 12, 11), (10, 18)) for q in lung_points(side, 5, 6)])
+    def ground_glass(lung) -> Tube:
+        return join([clump(q, 16, (13, 13, 12), (5, 15)) for q in pick(lung, 4, 6)])
 
-    def emphysema(side: int) -> Cloud:
-        top = Cloud(lung_points(side, 70, 2, -125, 0), u(6, 14, 70))
-        return _join([top, Cloud(lung_points(side, 30, 2, 0, 90), u(4, 10, 30))])
+    def emphysema(lung) -> Tube:
+        upper = pick(lung, 90, 2, -130, 5), u(5, 13, 90)
+        return join([upper, (pick(lung, 40, 2, 0, 100), u(4, 9, 40))])
 
-    def nodes() -> Cloud:
-        stations = np.array([(-66, 12, -24), (-52, 24, -20), (-26, -42, -4), (-22, 38, 2), (-14, 24, -52), (-10, 26, 56), (-52, -38, -18), (-48, -22, 30)])
-        chosen = stations[rng.choice(len(stations), 5, replace=False)]
-        return _join([clump(q, 3, (6, 4, 4), (8, 13)) for q in chosen.astype(float)])
-
-    where = rng.random() < 0.65
-    plaques = rng.random(26)
+    stations = _NODE_STATIONS[rng.permutation(len(_NODE_STATIONS))[:5]]
+    ascending = rng.random() < 0.65
+    widening = u(10, 19)
     return Findings(
-        nodule=(nodule(-1), nodule(1)),
-        consolidation=(consolidation(-1), consolidation(1)),
-        ground_glass=(ground_glass(-1), ground_glass(1)),
-        emphysema=(emphysema(-1), emphysema(1)),
+        nodule=(nodule(lungs[0]), nodule(lungs[1])),
+        consolidation=(consolidation(lungs[0]), consolidation(lungs[1])),
+        ground_glass=(ground_glass(lungs[0]), ground_glass(lungs[1])),
+        emphysema=(emphysema(lungs[0]), emphysema(lungs[1])),
         fibrosis_mm=(u(13, 22), u(13, 22)),
-        effusion_mm=(u(24, 58), u(24, 58)),
+        effusion_mm=(u(26, 60), u(26, 60)),
         heart_growth=growth,
-        pericardial_mm=u(9, 18),
-        aorta_widening=(u(10, 19), 0.0) if where else (0.0, u(10, 19)),
-        nodes=nodes(),
-        calcified=(plaques, u(1.7, 3.2, 26)),
+        pericardial_mm=fluid,
+        aorta_mm=(widening, 0.0) if ascending else (0.0, widening),
+        nodes=join([clump(q, 3, (6, 4, 4), (8, 13)) for q in stations]),
+        plaques=rng.random((3, 9)),
+        plaque_mm=u(1.8, 3.3, (3, 9)),
+        texture=int(rng.integers(2**31)),
         density=rng.random(),
     )
 
 
-def _join(clouds: list[Cloud]) -> Cloud:
-    return Cloud(np.concatenate([c.points for c in clouds]), np.concatenate([c.radii for c in clouds]))
-
-
-def change_anatomy(patient: Patient, findings: Findings, present: frozenset[str]) -> tuple[Anatomy, list[Tube]]:
-    """The anatomy with the findings that change organs, and the masses that push the lungs aside."""
+def change_anatomy(
+    patient: Patient, findings: Findings, present: frozenset[str]
+) -> tuple[Anatomy, list[Tube]]:
+    """The anatomy with the findings that change organs, and the masses that push lungs aside."""
     anatomy = Anatomy(
         patient,
-        heart_growth=findings.heart_growth if "cardiomegaly" in present else 1.0,
-        fluid_mm=findings.pericardial_mm if "pericardial_effusion" in present else 0.0,
-        aorta_widening=findings.aorta_widening if "aortic_aneurysm" in present else (0.0, 0.0),
+        findings.heart_growth if "cardiomegaly" in present else 1.0,
+        findings.pericardial_mm if "pericardial_effusion" in present else 0.0,
+        findings.aorta_mm if "aortic_aneurysm" in present else (0.0, 0.0),
     )
-    bulges = [(findings.nodes.points, findings.nodes.radii)] if "lymphadenopathy" in present else []
-    return anatomy, bulges
+    return anatomy, [findings.nodes] if "lymphadenopathy" in present else []
 
 
-class Painter:
-    """Draws findings into a scene; `lesions` collects their masks {label: bool [n, H, W]} where wanted."""
+class FindingsPainter:
+    """Draws findings into a scene.
+
+    Args:
+      scene: the chest, drawn with the anatomy that `change_anatomy` gave.
+      findings: how they look.
+      lesions: bool [n, H, W] for every label, to be filled in; None where nobody asks.
+    """
 
     def __init__(self, scene: Scene, findings: Findings, lesions: dict[str, np.ndarray] | None):
         self.scene, self.findings, self.lesions = scene, findings, lesions
-        self.whole = (slice(None), slice(None), slice(None))
 
-    def mark(self, label: str, patch: Patch | None, place: int, threshold: float = 0.5) -> None:
-        """Voxels covered by more than `threshold` that lie in region `place` belong to the lesion."""
+    def draw(self, found: np.ndarray) -> None:
+        """Draw what `found` [K, R] names, where it does."""
+        in_lungs = {  # in this order: later ones lie over earlier ones
+            "emphysema": self._emphysema,
+            "ground_glass": self._ground_glass,
+            "fibrosis": self._fibrosis,
+            "consolidation": self._consolidation,
+            "nodule": self._nodule,
+            "pleural_effusion": self._pleural_effusion,
+        }
+        for label, paint in in_lungs.items():
+            for side in np.flatnonzero(found[LABELS.index(label), :2]):
+                paint(int(side))
+        elsewhere = {
+            "cardiomegaly": self._cardiomegaly,
+            "pericardial_effusion": self._pericardial_effusion,
+            "aortic_aneurysm": self._aortic_aneurysm,
+            "lymphadenopathy": self._lymphadenopathy,
+            "coronary_calcification": self._coronary_calcification,
+            "pacemaker": self._pacemaker,
+        }
+        for label, paint in elsewhere.items():
+            if found[LABELS.index(label)].any():
+                paint()
+
+    def _record(self, label: str, patch: Patch | None, region: str, least: float = 0.5) -> None:
+        """The lesion is what the patch covers by more than `least` inside the region."""
         if self.lesions is not None and patch is not None:
-            inside = (patch.alpha > threshold) & (self.scene.labels[patch.where] == place)
-            self.lesions[label][patch.where] |= inside
+            place = self.scene.labels[patch.where] == 1 + REGIONS.index(region)
+            self.lesions[label][patch.where] |= (patch.alpha > least) & place
 
-    def draw(self, present: frozenset[str], sides: dict[str, tuple[bool, bool]]) -> None:
-        """All findings in `present`, the lungs' ones on the sides where they are."""
-        for label in ("emphysema", "ground_glass", "fibrosis", "consolidation", "nodule", "pleural_effusion"):
-            for side in (0, 1):
-                if label in present and sides[label][side]:
-                    getattr(self, label)(side)
-        for label in PLACES:
-            if label in present:
-                getattr(self, label)()
+    # -- lungs -----------------------------------------------------------------------------------
 
-    def _lung_patch(self, patch: Patch | None, side: int) -> Patch | None:
-        """Only the part within the lung on that side (0 right, 1 left)."""
+    def _in_lung(self, label: str, patch: Patch | None, side: int) -> Patch | None:
+        """The part of a patch inside one lung, recorded as a lesion."""
         if patch is None:
             return None
-        keep = self.scene.canvas.x[:, patch.where[1], patch.where[2]] * SIDES[side] > 2 * side
-        return Patch(patch.where, patch.alpha * self.scene.lung[patch.where] * keep)
-
-    def _cloud(self, label: str, cloud: Cloud, side: int, hu: float, strength=1.0, softness=0.0) -> Patch | None:
-        patch = self._lung_patch(self.scene.canvas.tube(cloud.points, cloud.radii, softness=softness), side)
-        self.mark(label, patch, 1 + side)
-        if patch is not None:
-            self.scene.canvas.paint(Patch(patch.where, patch.alpha * strength), hu)
+        x = self.scene.canvas.x[:, patch.where[1], patch.where[2]]
+        half = x < 2 if side == 0 else x >= 2
+        patch = Patch(patch.where, patch.alpha * self.scene.lung[patch.where] * half)
+        self._record(label, patch, REGIONS[side])
         return patch
 
-    def nodule(self, side: int) -> None:
-        self._cloud("nodule", self.findings.nodule[side], side, 30 + 40 * self.findings.density)
+    def _replace_air(self, patch: Patch | None, hu: float) -> None:
+        """Fill with something dense up to the pleura, leaving no seam of air along it."""
+        if patch is not None:
+            block = self.scene.canvas.hu[patch.where]
+            filled = block + patch.alpha * (hu + 1000)
+            np.minimum(filled, np.maximum(block, hu), out=block)
 
-    def consolidation(self, side: int) -> None:
+    def _cloud(self, label: str, balls: Tube, side: int, softness: float) -> Patch | None:
+        return self._in_lung(label, self.scene.canvas.tube(balls, softness), side)
+
+    def _nodule(self, side: int) -> None:
+        patch = self._cloud("nodule", self.findings.nodule[side], side, 0.0)
+        self._replace_air(patch, 30 + 40 * self.findings.density)
+
+    def _consolidation(self, side: int) -> None:
         f, c = self.findings, self.scene.canvas
-        patch = self._cloud("consolidation", f.consolidation[side], side, 10 + 40 * f.density, 0.95, 4.0)
-        if patch is not None:  # air bronchograms
-            points, radii = self.scene.anatomy.lung_vessels(c.voxel / 2, 1.4)
+        patch = self._cloud("consolidation", f.consolidation[side], side, 5.0)
+        self._replace_air(patch, 10 + 40 * f.density)
+        if patch is not None:  # air still fills some bronchi, which run beside the vessels
+            points, radii = self.scene.anatomy.lung_vessels(0.5 * c.voxel, 1.2)
             within = np.zeros(c.shape, np.float32)
             within[patch.where] = patch.alpha
-            c.paint(c.tube(points + (2, 4, 2), 0.7 * radii), -850, within)
+            c.paint(c.tube((points + np.array([2, 4, 2]), 0.7 * radii)), -850, within)
 
-    def ground_glass(self, side: int) -> None:
-        f = self.findings
-        self._cloud("ground_glass", f.ground_glass[side], side, 0, 0.32 + 0.16 * f.density, 9.0)
+    def _ground_glass(self, side: int) -> None:
+        patch = self._cloud("ground_glass", self.findings.ground_glass[side], side, 12.0)
+        if patch is not None:  # a veil, through which vessels are seen
+            patch = Patch(patch.where, (0.32 + 0.16 * self.findings.density) * patch.alpha)
+            self.scene.canvas.paint(patch, 0)
 
-    def emphysema(self, side: int) -> None:
-        f = self.findings
-        self._cloud("emphysema", f.emphysema[side], side, -1000, 0.9, 2.0)
+    def _emphysema(self, side: int) -> None:
+        patch = self._cloud("emphysema", self.findings.emphysema[side], side, 3.0)
+        self.scene.canvas.paint(patch, -985)
 
-    def fibrosis(self, side: int) -> None:
-        scene, f = self.scene, self.findings
-        c = scene.canvas
-        basal = np.clip((c.z + 85) / 90, 0.0, 1) * np.clip((c.y + 110) / 110, 0.35, 1)
-        band = c.cover(scene.lung_depth - f.fibrosis_mm[side] * basal, 4.0) * np.clip(3 * basal, 0, 1)
-        patch = self._lung_patch(Patch(self.whole, band), side)
-        assert patch is not None
-        self.mark("fibrosis", patch, 1 + side)
-        # honeycomb: cysts a few mm wide between thick walls
-        comb = np.sin(0.83 * c.x + 0.5 * c.z) * np.sin(0.9 * c.y - 0.3 * c.z) + 0.5 * np.sin(0.7 * c.z + 0.4 * c.x)
-        c.paint(patch, -390 + 120 * f.density + 230 * comb)
+    def _fibrosis(self, side: int) -> None:
+        c, f = self.scene.canvas, self.findings
+        basal = np.clip((c.z + 85) / 90, 0, 1) * np.clip((c.y + 110) / 110, 0.35, 1)
+        band = c.cover(-self.scene.lung_mm - f.fibrosis_mm[side] * basal, 5.0)
+        band *= np.clip(3 * basal, 0, 1)
+        patch = self._in_lung("fibrosis", Patch(EVERYWHERE, band), side)
+        if patch is None:
+            return
+        c.paint(patch, -400 + 120 * f.density)
+        if c.voxel < 4:  # honeycomb, which coarser grids cannot show
+            voxels, *place = c.select(patch.alpha > 0.02)
+            comb = np.tanh(2.5 * _rough(f.texture, np.stack(place) / 4.5))
+            c.hu.reshape(-1)[voxels] += 240 * comb * patch.alpha.reshape(-1)[voxels]
 
-    def pleural_effusion(self, side: int) -> None:
-        scene, f = self.scene, self.findings
-        c = scene.canvas
-        thick = f.effusion_mm[side]
+    def _pleural_effusion(self, side: int) -> None:
+        c, f = self.scene.canvas, self.findings
         rise = np.clip((c.z + 95) / 160, 0, 1)
         back = np.clip((c.y + 35) / 95, 0, 1)
-        crescent = -scene.cage - thick * rise * back * back * (3 - 2 * back)
-        patch = self._lung_patch(Patch(self.whole, c.cover(crescent)), side)
-        assert patch is not None
-        self.mark("pleural_effusion", patch, 1 + side)
-        c.paint(patch, 4 + 14 * f.density)
+        deep = f.effusion_mm[side] * rise * (back * back * (3 - 2 * back))
+        patch = Patch(EVERYWHERE, c.cover(-self.scene.cage_mm - deep))
+        patch = self._in_lung("pleural_effusion", patch, side)
+        self._replace_air(patch, 4 + 14 * f.density)
 
-    def cardiomegaly(self) -> None:
-        self.mark("cardiomegaly", self.scene.heart, 3)
+    # -- heart, vessels, mediastinum -------------------------------------------------------------
 
-    def pericardial_effusion(self) -> None:
-        heart, distance = self.scene.heart, self.scene.myocardium_mm
-        if heart is not None and distance is not None:
-            fluid = heart.alpha * self.scene.canvas.cover(4 - distance)
-            self.mark("pericardial_effusion", Patch(heart.where, fluid), 3)
+    def _cardiomegaly(self) -> None:
+        self._record("cardiomegaly", self.scene.heart, "heart")
 
-    def coronary_calcification(self) -> None:
-        share, radii = self.findings.calcified
-        for path, some in zip(_coronaries(self.scene.anatomy), np.array_split(np.arange(len(share)), 3), strict=True):
-            points = path[(share[some] * (len(path) - 1)).astype(int)]
-            c = self.scene.canvas
-            patch = c.tube(points, radii[some])
-            if patch is not None and self.scene.heart is not None:
-                inside = np.zeros(c.shape, np.float32)
-                inside[self.scene.heart.where] = self.scene.heart.alpha
-                patch = Patch(patch.where, patch.alpha * inside[patch.where])
-                c.paint(patch, 1000 + 600 * self.findings.density)
-                self.mark("coronary_calcification", patch, 3, 0.2)
+    def _pericardial_effusion(self) -> None:
+        heart = self.scene.heart
+        if heart is not None:
+            fat = self.scene.anatomy.patient.epicardial_fat_mm
+            fluid = heart.alpha * self.scene.canvas.cover(fat - self.scene.heart_mm)
+            self._record("pericardial_effusion", Patch(heart.where, fluid), "heart")
 
-    def pacemaker(self) -> None:
-        c, a = self.scene.canvas, self.scene.anatomy
-        skin = float(a.skin_y([-72.0], [72.0])[0])
-        depth = skin + 7 + 0.5 * a.patient.fat_mm
-        c.paint(c.ellipsoid((-72, depth, 72), (21, 6.5, 24)), 2600)
-        top = [(-88, depth, 64), (-114, -36, 62), (-104, -36, 20), (-92, -26, -20), (-55, -20, -29), (-10, -16, -31)]
-        inside = [a.heart_point(q) for q in ((14, -12, -32), (36, -24, -22), (52, -46, 0), (56, -52, 24))]
-        points, radii = smooth_path([*top, *map(tuple, inside)], 1.5, 1.0)
-        radii[-8:] = 2.2
-        lead = c.tube(points, radii)
-        c.paint(lead, 3000)
-        self.mark("pacemaker", lead, 3, 0.2)
+    def _aortic_aneurysm(self) -> None:
+        points, radii = self.scene.anatomy.aorta
+        usual = Anatomy(self.scene.anatomy.patient).aorta[1]
+        wide = radii > usual + 4
+        patch = self.scene.canvas.tube((points[wide], radii[wide]))
+        self._record("aortic_aneurysm", patch, "great_vessels")
 
-    def aortic_aneurysm(self) -> None:
-        wide, normal = self.scene.anatomy.great_vessels["aorta"], Anatomy(self.scene.anatomy.patient).great_vessels["aorta"]
-        some = wide[1] > np.resize(normal[1], len(wide[1])) + 4 if len(wide[1]) == len(normal[1]) else wide[1] > 18.5
-        if some.any():
-            self.mark("aortic_aneurysm", self.scene.canvas.tube(wide[0][some], wide[1][some]), 4)
-
-    def lymphadenopathy(self) -> None:
-        c, nodes = self.scene.canvas, self.findings.nodes
-        patch = c.tube(nodes.points, nodes.radii)
+    def _lymphadenopathy(self) -> None:
+        c = self.scene.canvas
+        patch = c.tube(self.findings.nodes)
         if patch is not None:
-            patch = Patch(patch.where, patch.alpha * (self.scene.labels[patch.where] == 5))
+            free = self.scene.labels[patch.where] == 1 + REGIONS.index("mediastinum")
+            patch = Patch(patch.where, patch.alpha * free)
             c.paint(patch, 48 + 20 * self.findings.density)
-            self.mark("lymphadenopathy", patch, 5)
+            self._record("lymphadenopathy", patch, "mediastinum")
+
+    def _coronary_calcification(self) -> None:
+        c, f, heart = self.scene.canvas, self.findings, self.scene.heart
+        if heart is None:
+            return
+        arteries = _coronary_arteries(self.scene.anatomy)
+        points = [
+            line[(some * len(line)).astype(int)]
+            for line, some in zip(arteries, f.plaques, strict=True)
+        ]
+        patch = c.tube((np.concatenate(points), f.plaque_mm.reshape(-1)))
+        c.paint(patch, 1000 + 600 * f.density)
+        self._record("coronary_calcification", patch, "heart", 0.2)
+
+    def _pacemaker(self) -> None:
+        """A generator under the left collar bone; its lead goes through the veins to the heart."""
+        c, a = self.scene.canvas, self.scene.anatomy
+        y = float(a.skin_y([-72.0], [72.0])[0]) + 7 + 0.5 * a.patient.fat_mm
+        c.paint(c.ellipsoid((-72, y, 72), (21, 6.5, 24)), 2600)
+        veins = ((-88, y, 64), (-114, -36, 62), (-104, -36, 20), (-92, -26, -20), (-55, -20, -29))
+        chambers = ((4, -12, -31), (20, -12, -32), (38, -26, -20), (52, -46, 0), (56, -52, 22))
+        way = (*veins, *(a.heart_point(*q) for q in chambers))
+        lead = c.tube(curve(*((z, y, x, 1.7) for z, y, x in way)))
+        c.paint(lead, 3000)
+        self._record("pacemaker", lead, "heart", 0.12)
 
 
-def _coronaries(anatomy: Anatomy) -> list[np.ndarray]:
-    """Left anterior descending, circumflex and right coronary artery: paths [N, 3] on the heart's surface, mm."""
+def _coronary_arteries(anatomy: Anatomy) -> list[np.ndarray]:
+    """Left anterior descending, circumflex and right coronary artery: points [N, 3], mm."""
     courses = (
-        [(6, -34, 24), (20, -52, 38), (40, -62, 48), (58, -62, 58)],
-        [(8, -22, 40), (20, -4, 56), (36, 8, 58)],
-        [(8, -44, -14), (24, -48, -30), (46, -34, -34)],
+        ((6, -34, 24), (20, -52, 38), (40, -62, 48), (58, -62, 58)),
+        ((8, -22, 40), (20, -4, 56), (36, 8, 58)),
+        ((8, -44, -14), (24, -48, -30), (46, -34, -34)),
     )
-    paths = []
+    centre = np.array(anatomy.heart_point(28, -16, 10))
+    rays = np.linspace(0.4, 1.7, 80)[:, None]
+    arteries = []
     for course in courses:
-        points = smooth_path([tuple(anatomy.heart_point(q)) for q in course], 1.0, 3.0)[0]
-        centre = anatomy.heart_point((28, -16, 10))
-        ray = np.linspace(0.4, 1.7, 80)[None, :, None]
-        along = centre + ray * (points - centre)[:, None]
-        distance = anatomy.heart_mm(*np.moveaxis(along, -1, 0))
-        last = along.shape[1] - 1 - np.argmax((distance < 1.0)[:, ::-1], axis=1)
-        paths.append(along[np.arange(len(points)), last])
-    return paths
+        line = curve(*((*anatomy.heart_point(*q), 1.0) for q in course))[0][::4]
+        along = centre + rays * (line - centre)[:, None]  # out to the surface of the heart
+        inside = anatomy.heart_mm(*np.moveaxis(along, -1, 0)) < 1.0
+        last = len(rays) - 1 - np.argmax(inside[:, ::-1], axis=1)
+        arteries.append(along[np.arange(len(line)), last])
+    return arteries
+
+
+def _rough(seed: int, points: np.ndarray) -> np.ndarray:
+    """Smooth noise at points [3, N], in cells: mean 0, standard deviation about 1/2."""
+    lattice = np.random.default_rng(seed).standard_normal((48, 48, 48), np.float32)
+    return ndimage.map_coordinates(lattice, points, order=1, mode="grid-wrap")

@@ -1,10 +1,12 @@
 """The layers that the networks share: convolutions and the ResNet-18 backbone."""
 
-from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -22,8 +24,78 @@ def conv(features: int, kernel: int, stride: int = 1, *, padding: int | str | No
         (stride, stride),
         padding=pad if isinstance(pad, str) else [(pad, pad)] * 2,
         kernel_init=he_fan_out,
+        conv_general_dilated=conv2d,
         **kw,
     )
+
+
+def conv2d(
+    x: Float[Array, "N H W C"],
+    kernel: Float[Array, "kh kw C F"],
+    strides: tuple[int, int],
+    padding: Any,
+    **kw: Any,
+) -> Float[Array, "N h w F"]:
+    """`lax.conv_general_dilated` for `nn.Conv`, with the faster gradient on CPU."""
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    return _conv2d(x, kernel, tuple(strides), tuple(tuple(p) for p in padding))
+
+
+def conv2d_direct(x: Array, kernel: Array, strides: tuple, pads: tuple) -> Array:
+    return lax.conv_general_dilated(
+        x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+_conv2d = jax.custom_vjp(conv2d_direct, nondiff_argnums=(2, 3))
+
+
+def _conv2d_forward(x: Array, kernel: Array, strides: tuple, pads: tuple) -> tuple:
+    return conv2d_direct(x, kernel, strides, pads), (x, kernel)
+
+
+def _conv2d_backward(strides: tuple, pads: tuple, saved: tuple, grad: Array) -> tuple:
+    x, kernel = saved
+    pull_x = jax.vjp(lambda x: conv2d_direct(x, kernel, strides, pads), x)[1]
+
+    def direct(x: Array, grad: Array) -> Array:
+        return jax.vjp(lambda k: conv2d_direct(x, k, strides, pads), kernel)[1](grad)[0]
+
+    # Scanning over the batch would gather it where it is split over several devices.
+    on_cpu = direct if jax.device_count() > 1 else partial(_kernel_grad, kernel, strides, pads)
+    return pull_x(grad)[0], lax.platform_dependent(x, grad, cpu=on_cpu, default=direct)
+
+
+_conv2d.defvjp(_conv2d_forward, _conv2d_backward)
+
+
+def _kernel_grad(kernel: Array, strides: tuple, pads: tuple, x: Array, grad: Array) -> Array:
+    """A kernel's gradient as a sum, a few images at a time, of (patches)^T (gradients).
+
+    XLA's own form on CPU turns the batch into the innermost axis: transposes of the whole
+    activations, with everything that feeds them computed again in that order.
+    """
+    batch, height, width, features = grad.shape
+    rows, columns, channels = kernel.shape[:3]
+    patch_bytes = height * width * kernel[..., 0].size * 4
+    chunk = max(c for c in range(1, 9) if batch % c == 0 and (c == 1 or c * patch_bytes < 2**23))
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+
+    def add(total: Array, images: tuple[Array, Array]) -> tuple[Array, None]:
+        x, grad = images
+        taps = [
+            x[:, i : i + (height - 1) * strides[0] + 1 : strides[0],
+              j : j + (width - 1) * strides[1] + 1 : strides[1]]
+            for i in range(rows)
+            for j in range(columns)
+        ]  # fmt: skip
+        patches = jnp.concatenate(taps, -1).reshape(-1, rows * columns * channels)
+        return total + patches.T @ grad.reshape(-1, features), None
+
+    chunks = [a.reshape(batch // chunk, chunk, *a.shape[1:]) for a in (x, grad)]
+    start = jnp.zeros((rows * columns * channels, features), x.dtype)
+    return lax.scan(add, start, tuple(chunks))[0].reshape(kernel.shape)
 
 
 class BasicBlock(nn.Module):
@@ -101,7 +173,7 @@ def conv3d(
     x: Float[Array, "B D H W C"], kernel: Float[Array, "kd kh kw C F"], stride: int
 ) -> Float[Array, "B d h w F"]:
     """VALID 3D convolution, the faster way on each backend (both agree up to rounding)."""
-    return jax.lax.platform_dependent(
+    return lax.platform_dependent(
         x,
         kernel,
         cpu=lambda x, kernel: conv3d_by_planes(x, kernel, stride),
@@ -111,7 +183,7 @@ def conv3d(
 
 def conv3d_direct(x: Array, kernel: Array, stride: int) -> Array:
     """One 3D convolution: what GPUs and TPUs are good at."""
-    return jax.lax.conv_general_dilated(
+    return lax.conv_general_dilated(
         x, kernel, (stride,) * 3, "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
     )
 
@@ -126,7 +198,7 @@ def conv3d_by_planes(x: Array, kernel: Array, stride: int) -> Array:
 
     def plane(offset: int) -> Array:
         planes = x[:, offset : offset + (out_depth - 1) * stride + 1 : stride]
-        return jax.lax.conv_general_dilated(
+        return lax.conv_general_dilated(
             planes.reshape(batch * out_depth, *x.shape[2:]),
             kernel[offset],
             (stride,) * 2,

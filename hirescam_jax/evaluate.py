@@ -1,0 +1,182 @@
+"""Evaluation: how well a run predicts (AUROC, average precision) and where it looks (OrganIoU)."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from hirescam_jax import sharding
+from hirescam_jax.cam import METHODS, normalize_map
+from hirescam_jax.checkpoint import Run
+from hirescam_jax.config import Config
+from hirescam_jax.data.pipeline import Source, eval_batches
+from hirescam_jax.errors import UserError
+from hirescam_jax.losses import allowed_of, labels_of
+from hirescam_jax.metrics import (
+    ORGAN_IOU_THRESHOLDS,
+    auroc,
+    average_precision,
+    bootstrap,
+    nan_mean,
+    organ_iou,
+)
+from hirescam_jax.progress import progress
+
+
+class Predictions(NamedTuple):
+    """A split's scores, truth and, by method, OrganIoU at every threshold (NaN: label absent)."""
+
+    logits: Float[np.ndarray, "N K"]
+    labels: Bool[np.ndarray, "N K"]
+    organ_iou: dict[str, Float[np.ndarray, "N K T"]]
+
+
+def predict_step(variables: Any, batch: dict[str, Array], *, config: Config) -> dict[str, Any]:
+    """Logits, labels and OrganIoU of both map methods for a batch, in one program."""
+    model = config.model
+    volume = config.preprocess.normalize(batch["volume"])
+    features = model.apply(variables, volume, method="features")
+    head = partial(model.apply, variables, method="head")
+    allowed = allowed_of(batch["findings"], batch["regions"])
+    return {
+        "logits": head(features),
+        "labels": labels_of(batch["findings"]),
+        "organ_iou": {
+            name: organ_iou(normalize_map(method(head, features)), allowed, ORGAN_IOU_THRESHOLDS)
+            for name, method in METHODS.items()
+        },
+    }
+
+
+def predict(run: Run, source: Source, title: str = "evaluate") -> Predictions:
+    """Runs a model over a split."""
+    config = run.config
+    mesh = sharding.data_mesh(config.batch_size)
+    variables = jax.device_put(run.variables, sharding.replicated(mesh))
+    step = jax.jit(partial(predict_step, config=config))
+    results = []
+    steps = range(-(-len(source) // config.batch_size))
+    batches = eval_batches(source, config.batch_size, workers=config.workers)
+    for _ in progress(steps, title, "batch"):
+        results.append(jax.device_get(step(variables, sharding.to_devices(mesh, next(batches)))))
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(source)], *results)
+    present = whole["labels"][..., None]
+    iou = {n: np.where(present, value, np.nan) for n, value in whole["organ_iou"].items()}
+    return Predictions(whole["logits"], whole["labels"], iou)
+
+
+def choose_thresholds(validation: Predictions) -> dict[str, np.ndarray]:
+    """Per method and label the index of the threshold with the best mean OrganIoU; the first where
+    the label never occurs."""
+    chosen = {}
+    for name, iou_NKT in validation.organ_iou.items():
+        mean_KT = nan_mean(iou_NKT, axis=0)
+        chosen[name] = np.argmax(np.where(np.isnan(mean_KT), -1, mean_KT), axis=-1)
+    return chosen
+
+
+def evaluate(
+    labels: tuple[str, ...],
+    validation: Predictions,
+    test: Predictions,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All measures of a test split, with 95 % bootstrap intervals over its volumes.
+
+    OrganIoU is taken at the threshold that was best on the validation split, per label and
+    method, over the volumes in which the label is truly present. A mean is over the labels for
+    which the measure is defined; a label without positives (or negatives) is null.
+
+    Returns:
+        {"volumes", "auroc", "average_precision", "organ_iou": {method: ...}}, each measure as
+        {"mean": interval, "labels": {label: interval}}, interval = {"value", "low", "high"}.
+    """
+    thresholds = choose_thresholds(validation)
+    names = list(test.organ_iou)
+    at_chosen = {
+        name: np.take_along_axis(iou, thresholds[name][None, :, None], axis=2)[..., 0]
+        for name, iou in test.organ_iou.items()
+    }
+
+    def statistic(cases_SN: np.ndarray) -> np.ndarray:
+        scores = np.moveaxis(test.logits[cases_SN], 2, 1)
+        truth = np.moveaxis(test.labels[cases_SN], 2, 1)
+        per_label = [auroc(scores, truth), average_precision(scores, truth)]
+        per_label += [nan_mean(at_chosen[name][cases_SN], axis=1) for name in names]
+        values = np.stack(per_label, axis=1)  # [S, measure, K]
+        return np.concatenate([nan_mean(values)[..., None], values], axis=-1)
+
+    value, low, high = bootstrap(statistic, len(test.labels), resamples, seed)
+
+    def measure(row: int) -> dict[str, Any]:
+        columns = [
+            {"value": _null(v), "low": _null(lo), "high": _null(hi)}
+            for v, lo, hi in zip(value[row], low[row], high[row], strict=True)
+        ]
+        return {"mean": columns[0], "labels": dict(zip(labels, columns[1:], strict=True))}
+
+    result: dict[str, Any] = {"volumes": len(test.labels)}
+    result["auroc"], result["average_precision"] = measure(0), measure(1)
+    result["organ_iou"] = {}
+    for row, name in enumerate(names, start=2):
+        chosen = {
+            label: float(ORGAN_IOU_THRESHOLDS[t])
+            for label, t in zip(labels, thresholds[name], strict=True)
+        }
+        result["organ_iou"][name] = {**measure(row), "thresholds": chosen}
+    return result
+
+
+def evaluate_run(run: Run, validation: Source, test: Source) -> dict[str, Any]:
+    """`evaluate` of a run on two opened splits.
+
+    Raises:
+        UserError: the data's labels are not those of the run.
+    """
+    for source in (validation, test):
+        if tuple(source.labels) != run.labels:
+            raise UserError(f"{run.path}: trained on labels {run.labels}, data has {source.labels}")
+    return evaluate(
+        run.labels, predict(run, validation, "validation split"), predict(run, test, "test split")
+    )
+
+
+def table(result: dict[str, Any]) -> str:
+    """An evaluation as lines of text, a label a row."""
+    columns = {
+        "AUROC": result["auroc"],
+        "AP": result["average_precision"],
+        **{f"OrganIoU {name}": value for name, value in result["organ_iou"].items()},
+    }
+    rows = [["", *columns], ["mean", *(_cell(c["mean"]) for c in columns.values())]]
+    for label in result["auroc"]["labels"]:
+        rows.append([label, *(_cell(c["labels"][label]) for c in columns.values())])
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of text as a table: a rule below the first, the first column to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _cell(interval: dict[str, float | None]) -> str:
+    if interval["value"] is None:
+        return "n/a"
+    if interval["low"] is None:
+        return f"{interval['value']:.3f}"
+    return f"{interval['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+
+
+def _null(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
