@@ -188,7 +188,7 @@ def _draw_plane(
     across, down = PLANE_AXES[plane]
     low_mm, high_mm = box_mm
     spacing_mm = np.linalg.norm(volume.affine[:3, :3], axis=0)
-    pixel_mm = max(spacing_mm.min(), (high_mm - low_mm).max() / MAX_PIXELS)
+    pixel_mm = max(min(spacing_mm.min(), 1.5), (high_mm - low_mm).max() / MAX_PIXELS)
     rows, columns = np.ceil((high_mm - low_mm)[[down, across]] / pixel_mm).astype(int)
 
     plane_affine = np.zeros((4, 4))  # (row, column, 0) -> mm, both against the world's axes

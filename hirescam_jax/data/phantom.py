@@ -52,7 +52,7 @@ BOTH_LUNGS = {  # share of the patients with a lung finding who have it on both 
     "fibrosis": 0.7,
     "pleural_effusion": 0.4,
 }
-_SLAB_VOXELS = 1_500_000  # drawn at once: bounds the memory, and keeps the work in the cache
+_SLAB_VOXELS = 3_000_000  # drawn at once: bounds the memory, and keeps the work in the cache
 
 
 @dataclasses.dataclass(frozen=True)

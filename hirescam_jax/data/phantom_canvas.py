@@ -187,7 +187,7 @@ class Canvas:
                 square += (apart**2).sum(1)
                 value = np.sqrt(np.maximum(square, 0, out=square), out=square)
                 value -= drawn[some] + np.float32(half)
-                value *= fill[some]
+                value += np.minimum(value, 0) * (fill[some] - 1)
                 value += np.float32(half)
                 where = base[some, None] + places
                 np.minimum.at(mm.reshape(-1), where.reshape(-1), value.reshape(-1))

@@ -91,7 +91,13 @@ def draw_findings(rng: np.random.Generator, patient: Patient) -> Findings:
     def clump(centre: np.ndarray, count: int, spread, radii: tuple[float, float]) -> Tube:
         return centre + normal(size=(count, 3)) * spread, u(*radii, count)
 
-    def nodule(lung) -> Tube:
+    def nodule(lung, opacity: Tube) -> Tube:
+        """One or two, where neither fluid nor the consolidation would hide them."""
+        points, depths = lung
+        seen = np.linalg.norm(points - opacity[0].mean(0), axis=1) > 50
+        seen &= (points[:, 1] < 5) | (points[:, 0] < -80)
+        if seen.any():
+            lung = points[seen], depths[seen]
         balls = []
         for centre in pick(lung, 1 + int(rng.random() < 0.4), 13):
             radius = u(7.5, 15)
@@ -114,12 +120,13 @@ def draw_findings(rng: np.random.Generator, patient: Patient) -> Findings:
         upper = pick(lung, 90, 2, -130, 5), u(5, 13, 90)
         return join([upper, (pick(lung, 40, 2, 0, 100), u(4, 9, 40))])
 
+    dense = consolidation(lungs[0]), consolidation(lungs[1])
     stations = _NODE_STATIONS[rng.permutation(len(_NODE_STATIONS))[:5]]
     ascending = rng.random() < 0.65
     widening = u(10, 19)
     return Findings(
-        nodule=(nodule(lungs[0]), nodule(lungs[1])),
-        consolidation=(consolidation(lungs[0]), consolidation(lungs[1])),
+        nodule=(nodule(lungs[0], dense[0]), nodule(lungs[1], dense[1])),
+        consolidation=dense,
         ground_glass=(ground_glass(lungs[0]), ground_glass(lungs[1])),
         emphysema=(emphysema(lungs[0]), emphysema(lungs[1])),
         fibrosis_mm=(u(13, 22), u(13, 22)),

@@ -16,7 +16,9 @@ from typing import Any
 import nibabel
 import numpy as np
 from jaxtyping import Float, Shaped
+from nibabel import imageglobals
 from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 
 from hirescam_jax.errors import UserError
@@ -50,8 +52,7 @@ def open_nifti(path: Path) -> nibabel.Nifti1Image:
     """
     _check_file(path)
     try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")  # what is wrong is said below, in one line
+        with _quiet_nibabel():
             image = nibabel.load(path, mmap=False)
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(
@@ -69,6 +70,20 @@ def open_nifti(path: Path) -> nibabel.Nifti1Image:
     return image
 
 
+@contextlib.contextmanager
+def _quiet_nibabel() -> Iterator[None]:
+    """nibabel mends small mistakes of a header and logs them; what matters is an error here."""
+    logger = imageglobals.logger
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
+
+
 def read_nifti(path: Path) -> Volume:
     """Reads a 3D NIfTI file of any orientation, spacing and real dtype.
 
@@ -81,7 +96,7 @@ def read_nifti(path: Path) -> Volume:
     stored: Any = image.dataobj
     try:
         scaled = stored.slope != 1 or stored.inter != 0
-        voxels = stored.get_scaled(np.float32) if scaled else np.asarray(stored)
+        voxels = np.asarray(stored, np.float32 if scaled else None)
     except (OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
         raise UserError(
             f"{path}: truncated or damaged, the voxels end early ({_first_line(error)}): "
@@ -212,6 +227,9 @@ def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
 
 
 def _check_affine(path: Path, image: nibabel.Nifti1Image) -> None:
+    with _quiet_nibabel(), ImageOpener(str(path)) as file:
+        # As stored: nibabel replaces a spacing of 0 by 1 mm, which would be a guess.
+        spacing = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
     affine = np.asarray(image.affine, np.float64)
     sform_code, qform_code = (int(image.header[name]) for name in ("sform_code", "qform_code"))
     if sform_code <= 0 and qform_code <= 0:
@@ -220,6 +238,8 @@ def _check_affine(path: Path, image: nibabel.Nifti1Image) -> None:
             "convert the scan again with dcm2niix"
         )
     form = "sform" if sform_code > 0 else "qform"
+    if form == "qform" and not np.all(spacing):
+        raise UserError(f"{path}: pixdim gives a spacing of 0 mm: convert it again with dcm2niix")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     volume = abs(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else 0
     if not volume > 1e-3 * np.prod(spacing):
