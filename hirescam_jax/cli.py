@@ -29,12 +29,16 @@ def demo(out: Path = Path("hirescam_demo"), seed: int = 0) -> None:
 
 
 def train(arguments: Sequence[str]) -> None:
-    """hirescam train [CONFIG.py] --run DIR [--resume] [--FIELD VALUE ...]"""
+    """hirescam train [CONFIG.py] --run DIR [--resume] [--FIELD VALUE ...]
+
+    Without a config file the demo's small network and phantom CTs are the defaults.
+    """
     from hirescam_jax import config as configs
+    from hirescam_jax.demo import demo_config
     from hirescam_jax.train import train as run_train
 
     path = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
-    default = configs.load_config(path) if path else configs.Config()
+    default = configs.load_config(path) if path else demo_config()
 
     def command(
         run: Annotated[Path, tyro.conf.arg(help="folder of the run: new, or with --resume its own")],

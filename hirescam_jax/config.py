@@ -60,14 +60,20 @@ class Adam:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One experiment. The defaults are the paper's set-up, on the embedded phantom.
+    """One experiment. The defaults are the paper's set-up.
 
-    labels: train on these labels only; empty for all labels of the data.
-    mask_weight: lambda of the mask loss; 0 trains without it.
-    patience: stop after so many epochs without a lower validation loss.
-    batch_size: volumes a step, over all devices and processes.
-    workers: data-loading processes; 0 loads in threads of the training process.
-    seed: of the initial weights, the order of the data and the augmentation.
+    Attributes:
+        model: the network.
+        data: phantom CTs, or a prepared folder.
+        preprocess: window, scale and augmentation, done on the device.
+        optimizer: and its learning rate.
+        labels: train on these labels only; empty for all labels of the data.
+        mask_weight: lambda of the mask loss; 0 trains without it.
+        batch_size: volumes a step, over all devices and processes.
+        epochs: at most.
+        patience: stop after so many epochs without a lower validation loss.
+        workers: data-loading processes; 0 loads in threads of the training process.
+        seed: of the initial weights, the order of the data and the augmentation.
     """
 
     model: AxialNet | Conv3DNet = AxialNet()

@@ -26,7 +26,6 @@ from hirescam_jax.pictures import place, save_label_picture
 from hirescam_jax.progress import progress, say
 
 TABLE = "probabilities.csv"
-WRITERS = 4  # maps resampled and compressed at the same time
 
 T = TypeVar("T")
 
@@ -191,7 +190,9 @@ def _write(
         path = folder / f"{name}.nii.gz"
         write_nifti(path, map_ijk, volume.affine, volume.header, same_grid=True)
 
-    with _atomic_folder(folder) as temporary, ThreadPoolExecutor(WRITERS) as pool:
+    # Resampling and compression leave Python, so threads help; a few, for the sake of memory.
+    writers = min(4, os.cpu_count() or 1)
+    with _atomic_folder(folder) as temporary, _pool(writers) as pool:
         maps = [pool.submit(write_map, temporary, k) for k in result.explained]
         with (temporary / TABLE).open("w", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
@@ -214,15 +215,26 @@ def _write(
 
 
 @contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose waiting work is dropped when something fails."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
 def _atomic_folder(folder: Path) -> Iterator[Path]:
     """Gives a temporary folder beside `folder`, which takes its place if all goes well."""
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    earlier = folder.with_name(f"{temporary.name}-earlier")
     new_parent = not folder.parent.exists()
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        if folder.exists():
-            shutil.rmtree(folder)  # the outputs of an earlier call, see _output_folders
+        if folder.exists():  # the outputs of an earlier call, see _output_folders
+            folder.rename(earlier)
         temporary.rename(folder)
     except OSError as error:
         raise UserError(
@@ -233,6 +245,9 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
         raise UserError(str(error).replace(str(temporary), str(folder))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if earlier.exists() and not folder.exists():
+            earlier.rename(folder)
+        shutil.rmtree(earlier, ignore_errors=True)
         if new_parent:
             with contextlib.suppress(OSError):  # it is not empty: all went well
                 folder.parent.rmdir()

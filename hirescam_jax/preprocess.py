@@ -15,10 +15,12 @@ from jaxtyping import Array, Float, Integer
 class Preprocess:
     """Window, scale and augmentation; the defaults are the paper's (arXiv 2011.08891).
 
-    hu_min, hu_max: Hounsfield units are clipped to this and brought to [0, 1].
-    mean: subtracted afterwards (the grey mean of ImageNet).
-    flip: probability of a flip along one random axis, in training.
-    rotate: probability of an axial rotation by 90, 180 or 270 degrees, in training.
+    Attributes:
+        hu_min: Hounsfield units are clipped to [hu_min, hu_max] and brought to [0, 1].
+        hu_max: see hu_min.
+        mean: subtracted afterwards (the grey mean of ImageNet).
+        flip: probability of a flip along one random axis, in training.
+        rotate: probability of an axial rotation by 90, 180 or 270 degrees, in training.
     """
 
     hu_min: float = -1000.0

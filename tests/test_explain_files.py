@@ -26,11 +26,8 @@ from hirescam_jax.models import AxialNet
 from hirescam_jax.pictures import label_picture, place
 from hirescam_jax.preprocess import Preprocess
 
-DATA = Path(
-    os.environ.get("HIRESCAM_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")
-)
-SMALL_CT = DATA / "ct" / "acil_ct64_ct.nii.gz"
-CT = DATA / "ct" / "tcga_34_2605_ct.nii.gz"
+CT = "ct/tcga_34_2605_ct.nii.gz"  # 512x512x61
+SMALL_CT = "ct/acil_ct64_ct.nii.gz"  # 64x64x79
 
 LABELS = ("nodule", "pleural effusion", "emphysema", "a/b")
 LPS = np.array([[-5.0, 0, 0, 60], [0, -5, 0, 50], [0, 0, 6, -300], [0, 0, 0, 1]])
@@ -219,8 +216,9 @@ def test_the_map_peaks_at_the_sphere(tmp_path: Path, affine: np.ndarray, axes: s
     assert (abs(peak_mm - sphere_mm) <= np.array((20, 20, 24)) / 2 + voxel_mm / 2).all()
 
 
-def same_at_the_same_places(run: Run, image: nibabel.Nifti1Image, tmp_path: Path) -> None:
-    orders = ("LPS", "RAS", "SAR")
+def same_at_the_same_places(
+    run: Run, image: nibabel.Nifti1Image, tmp_path: Path, *orders: str
+) -> None:
     paths = [stored_as(image, axes, tmp_path / f"{axes}.nii") for axes in orders]
     results = explain_files(run, paths, tmp_path / "out", labels=["nodule"], pictures=False)
     for result in results[1:]:
@@ -242,16 +240,18 @@ def same_at_the_same_places(run: Run, image: nibabel.Nifti1Image, tmp_path: Path
 
 def test_the_storage_order_does_not_matter(run: Run, tmp_path: Path):
     image = nibabel.load(scan(tmp_path / "a.nii", affine=OBLIQUE))
-    same_at_the_same_places(run, image, tmp_path)
+    same_at_the_same_places(run, image, tmp_path, "LPS", "RAS", "SAR")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [SMALL_CT, CT], ids=["64x64x79", "512x512x61"])
-def test_the_storage_order_of_a_real_ct_does_not_matter(run: Run, path: Path, tmp_path: Path):
-    if not path.exists():
-        pytest.skip(f"{path} is missing: set HIRESCAM_TEST_DATA")
+@pytest.mark.parametrize(
+    ("name", "orders"), [(SMALL_CT, ("LPS", "RAS", "SAR")), (CT, ("RAS", "SAR"))], ids=str
+)
+def test_the_storage_order_of_a_real_ct_does_not_matter(
+    run: Run, real_data: Path, name: str, orders: tuple[str, ...], tmp_path: Path
+):
     run = with_spacing(run, (13.0, 12.0, 12.0))
-    same_at_the_same_places(run, nibabel.load(path), tmp_path)
+    same_at_the_same_places(run, nibabel.load(real_data / name), tmp_path, *orders)
 
 
 # Pictures
@@ -326,10 +326,8 @@ def test_places_are_named_for_the_patient():
 
 
 @pytest.mark.slow
-def test_a_blob_in_the_tumour_of_a_real_ct_is_drawn_there():
-    if not CT.exists():
-        pytest.skip(f"{CT} is missing: set HIRESCAM_TEST_DATA")
-    volume = read_ct(CT)
+def test_a_blob_in_the_tumour_of_a_real_ct_is_drawn_there(real_data: Path):
+    volume = read_ct(real_data / CT)
     _, affine = to_grid(volume, (8.0, 6.0, 6.0), (40, 64, 64))
     cells = feature_affine(affine, (40, 64, 64), (20, 32, 32))
     index = np.stack(np.meshgrid(*map(np.arange, (20, 32, 32)), indexing="ij"), -1)

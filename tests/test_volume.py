@@ -24,22 +24,10 @@ from hirescam_jax.data.volume import (
 )
 from hirescam_jax.errors import UserError
 
-DATA = Path(
-    os.environ.get("HIRESCAM_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")
-)
-CT = DATA / "ct" / "tcga_34_2605_ct.nii.gz"
-SMALL_CT = DATA / "ct" / "acil_ct64_ct.nii.gz"
-
 OBLIQUE = np.eye(4)
 OBLIQUE[:3, :3] = Rotation.from_euler("xyz", [12, -8, 20], degrees=True).as_matrix() * [3, 2.5, 4]
 OBLIQUE[:3, 3] = [-80, -60, 100]
 LPS = np.array([[-3.0, 0, 0, 60], [0, -2.5, 0, 50], [0, 0, 4, -300], [0, 0, 0, 1]])
-
-
-def needs(path: Path) -> Path:
-    if not path.exists():
-        pytest.skip(f"{path} is missing: set HIRESCAM_TEST_DATA")
-    return path
 
 
 def thorax(shape: tuple[int, ...] = (20, 22, 18), seed: int = 0) -> np.ndarray:
@@ -221,8 +209,8 @@ def test_the_header_check_needs_no_voxels(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["tcga_34_2605_ct", "acil_ct64_ct", "totalseg_abdomen_ct"])
-def test_real_cts_are_hounsfield_units(name: str):
-    volume = read_nifti(needs(DATA / "ct" / f"{name}.nii.gz"))
+def test_real_cts_are_hounsfield_units(real_data: Path, name: str):
+    volume = read_nifti(real_data / "ct" / f"{name}.nii.gz")
     check_hounsfield(volume)
     assert volume.voxels.min() < -900
     assert volume.voxels.shape == nibabel.load(volume.path).shape
@@ -308,8 +296,8 @@ def test_the_storage_order_does_not_matter(tmp_path: Path, affine: np.ndarray):
     orientations_agree(image, tmp_path, (5.1, 4.3, 4.7), (20, 22, 24))
 
 
-def test_the_storage_order_of_a_real_ct_does_not_matter(tmp_path: Path):
-    image = nibabel.load(needs(SMALL_CT))
+def test_the_storage_order_of_a_real_ct_does_not_matter(real_data: Path, tmp_path: Path):
+    image = nibabel.load(real_data / "ct" / "acil_ct64_ct.nii.gz")
     orientations_agree(image, tmp_path, (7.5, 6.5, 6.5), (40, 48, 48))
 
 

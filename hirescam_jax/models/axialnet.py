@@ -17,17 +17,20 @@ class AxialNet(nn.Module):
     of one image, so D must be a multiple of `channels` (405 x 420 x 420 gives 135 images). Images
     that are stacked already, [B, S, H, W, channels], are taken as they are.
 
-    `features` -> A [B, S, h, w, C] (135 x 6 x 6 x 16 at full size), float32.
-    `head`     -> logits [B, K]: one fully connected layer a slice, then the mean (or the max) over
-                  slices. Both are affine on the piece they select, so HiResCAM is exact.
+    `features`: A [B, S, h, w, C] (135 x 6 x 6 x 16 at full size), float32.
+    `head`: logits [B, K]; one fully connected layer a slice, then the mean (or the max) over the
+    slices. Either is affine on the slices it selects, so HiResCAM is exact.
 
-    Fields:
-        num_labels: K.
-        blocks, widths, stem: the ResNet (see `ResNet`).
+    Attributes:
+        num_labels: K; `hirescam train` takes it from the data.
+        blocks: basic blocks in each stage of the ResNet.
+        widths: channels of each stage.
+        stem: the ResNet's first layers, see `ResNet`.
         conv_widths: widths of the 3x3 convolutions behind it; empty for none (an ablation).
         conv_padding: "VALID" as in the paper, or "SAME".
+        channels: slices that make one image.
         pool: "mean" or "max" over the slices.
-        dtype: compute dtype of the backbone, "float32" or "bfloat16"; the head is float32.
+        dtype: compute dtype of the backbone; the head is float32.
     """
 
     num_labels: int = 80

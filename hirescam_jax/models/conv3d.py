@@ -14,12 +14,12 @@ class Conv3DNet(nn.Module):
     """Strided 3D convolutions and three fully connected layers (Table 1 of arXiv 2011.08891).
 
     Input: normalised volumes [B, D, H, W], one channel.
-    `features` -> A [B, d, h, w, C] (5 x 5 x 5 x 64 at 405 x 420 x 420), float32.
-    `head`     -> logits [B, K] through ReLU layers: HiResCAM has no guarantee here, and `explain`
-                  reports what it leaves unexplained.
+    `features`: A [B, d, h, w, C] (5 x 5 x 5 x 64 at 405 x 420 x 420), float32.
+    `head`: logits [B, K] through ReLU layers; HiResCAM has no guarantee here, and `explain` reports
+    what it leaves unexplained.
 
-    Fields:
-        num_labels: K.
+    Attributes:
+        num_labels: K; `hirescam train` takes it from the data.
         widths: the 3x3x3 convolutions of stride 3.
         narrow: the 1x1x1 convolutions behind them.
         hidden: the fully connected layers before the last.
