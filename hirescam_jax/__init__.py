@@ -1,7 +1,7 @@
 """HiResCAM explanations and mask-loss training for 3D medical images, in JAX.
 
-    from hirescam_jax import hirescam
-    maps = hirescam(head, features)     # [B, K, *grid], signed, all labels at once
+from hirescam_jax import hirescam
+maps = hirescam(head, features)     # [B, K, *grid], signed, all labels at once
 """
 
 from hirescam_jax.cam import Explanation, explain, gradcam, hirescam, normalize_map

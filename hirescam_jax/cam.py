@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 Head: TypeAlias = Callable[[Array], Array]
@@ -218,9 +219,9 @@ def _check_labels(labels: Labels, batch: int, num_labels: int) -> None:
         labels = np.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be integers, got {labels.dtype}")
-    if labels.shape != (batch, *labels.shape[1:]) and labels.ndim != 1 or labels.ndim > 2:
+    if (labels.shape != (batch, *labels.shape[1:]) and labels.ndim != 1) or labels.ndim > 2:
         raise ValueError(f"labels must be [L] or [B, L] with B = {batch}, got {labels.shape}")
-    if isinstance(labels, jax.core.Tracer) or labels.size == 0:
+    if isinstance(labels, Tracer) or labels.size == 0:
         return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_labels:

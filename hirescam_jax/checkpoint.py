@@ -1,9 +1,9 @@
 """A run folder: what was trained, on what, and its Orbax checkpoints.
 
-    run.json         format version, config, labels, regions, grid
-    metrics.jsonl    a line a step and a line a validation
-    tensorboard/     the same for TensorBoard
-    checkpoints/     the latest one and the best one (lowest validation loss), by step
+run.json         format version, config, labels, regions, grid
+metrics.jsonl    a line a step and a line a validation
+tensorboard/     the same for TensorBoard
+checkpoints/     the latest one and the best one (lowest validation loss), by step
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ class Header:
     config: Config
     labels: tuple[str, ...]
     regions: tuple[str, ...]
-    shape: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float]
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
 
     @classmethod
     def of(cls, config: Config, source: Any) -> "Header":
@@ -93,11 +93,11 @@ class Run:
         return self.header.labels
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.header.shape
 
     @property
-    def spacing_mm(self) -> tuple[float, float, float]:
+    def spacing_mm(self) -> tuple[float, ...]:
         return self.header.spacing_mm
 
     def normalize(self, volume: Array) -> Float[Array, "*dims"]:
@@ -136,7 +136,7 @@ class Saver:
         self.checkpointer.close()
 
     def restore(self, state: Any) -> Any:
-        """The latest checkpoint, in the shardings of `state`; `state` itself where there is none."""
+        """The latest checkpoint, in the shardings of `state`; without one `state` itself."""
         if self.checkpointer.latest is None:
             return state
         abstract = jax.tree.map(
@@ -156,11 +156,8 @@ class Saver:
 
     def stale_epochs(self, epoch_steps: int) -> int:
         """Epochs since the lowest validation loss."""
-        saved = [c for c in self.checkpointer.checkpoints if c.metrics]
-        if not saved:
-            return 0
-        best = min(saved, key=lambda c: c.metrics["val_loss"])
-        return (saved[-1].step - best.step) // epoch_steps
+        losses = _losses(self.checkpointer)
+        return (max(losses) - min(losses, key=losses.__getitem__)) // epoch_steps if losses else 0
 
 
 def load_run(run_dir: Path, which: str = "best") -> Run:
@@ -177,11 +174,9 @@ def load_run(run_dir: Path, which: str = "best") -> Run:
         saved = list(checkpointer.checkpoints)
         if not saved:
             raise UserError(f"{run_dir}: no checkpoint yet; train for at least one epoch")
-        chosen = saved[-1]
-        if which == "best" and any(c.metrics for c in saved):
-            chosen = min(
-                (c for c in saved if c.metrics), key=lambda c: (c.metrics["val_loss"], c.step)
-            )
+        step, losses = saved[-1].step, _losses(checkpointer)
+        if which == "best" and losses:
+            step = min(losses, key=lambda step: (losses[step], step))
         init = partial(header.config.model.init, jax.random.key(0))
         shapes = jax.eval_shape(init, jnp.zeros((1, *header.shape)))
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -192,8 +187,8 @@ def load_run(run_dir: Path, which: str = "best") -> Run:
             )
             for name in ("params", "batch_stats")
         }
-        loaded = _load(checkpointer, chosen.step, {"variables": abstract}, run_dir)
-    return Run(run_dir, header, loaded["variables"], chosen.step)
+        loaded = _load(checkpointer, step, {"variables": abstract}, run_dir)
+    return Run(run_dir, header, loaded["variables"], step)
 
 
 def _parts(state: Any) -> dict[str, Any]:
@@ -204,8 +199,13 @@ def _parts(state: Any) -> dict[str, Any]:
     }
 
 
+def _losses(checkpointer: Any) -> dict[int, float]:
+    """Validation loss of each checkpoint, by step."""
+    return {c.step: c.metrics["val_loss"] for c in checkpointer.checkpoints if c.metrics}
+
+
 def _open(run_dir: Path) -> ocp.training.Checkpointer:
-    policies = ocp.training.preservation_policies
+    policies: Any = ocp.training.preservation_policies
     keep = policies.AnyPreservationPolicy(
         [
             policies.LatestN(1),
@@ -217,7 +217,9 @@ def _open(run_dir: Path) -> ocp.training.Checkpointer:
         ]
     )
     return ocp.training.Checkpointer(
-        (run_dir / "checkpoints").absolute(), preservation_policy=keep, cleanup_tmp_directories=True
+        str((run_dir / "checkpoints").absolute()),
+        preservation_policy=keep,
+        cleanup_tmp_directories=True,
     )
 
 

@@ -41,7 +41,7 @@ def train(arguments: Sequence[str]) -> None:
     default = configs.load_config(path) if path else demo_config()
 
     def command(
-        run: Annotated[Path, tyro.conf.arg(help="folder of the run: new, or with --resume its own")],
+        run: Annotated[Path, tyro.conf.arg(help="folder of the run; new without --resume")],
         config: Annotated[configs.Config, tyro.conf.arg(name="")] = default,
         resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False,
     ) -> None:

@@ -1,8 +1,8 @@
 """Typed configs: a plain Python file builds one `Config`; the command line overrides any field.
 
-    # my_config.py
-    from hirescam_jax.config import Config, PhantomData
-    config = Config(data=PhantomData(train_size=2000), epochs=20)
+# my_config.py
+from hirescam_jax.config import Config, PhantomData
+config = Config(data=PhantomData(train_size=2000), epochs=20)
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import json
 import runpy
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,9 @@ def to_json(config: Config) -> str:
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            items = {spec.name: plain(getattr(value, spec.name)) for spec, _ in _fields(type(value))}
+            items = {
+                spec.name: plain(getattr(value, spec.name)) for spec, _ in _fields(type(value))
+            }
             return {"type": type(value).__name__, **items}
         return list(value) if isinstance(value, tuple) else value
 
@@ -162,7 +165,7 @@ def from_json(text: str, where: str) -> Config:
     return config
 
 
-def nearest(name: str, names: typing.Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """' (did you mean X?)', or the list of valid names where none is close."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1)

@@ -35,7 +35,7 @@ class Predictions(NamedTuple):
 
 def predict_step(variables: Any, batch: dict[str, Array], *, config: Config) -> dict[str, Any]:
     """Logits, labels and OrganIoU of both map methods for a batch, in one program."""
-    model = config.model
+    model: Any = config.model
     volume = config.preprocess.normalize(batch["volume"])
     features = model.apply(variables, volume, method="features")
     head = partial(model.apply, variables, method="head")

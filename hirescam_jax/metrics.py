@@ -22,7 +22,7 @@ class Interval(NamedTuple):
 
 
 def organ_iou(
-    maps: Float[Array, "B K *grid"], allowed: Array, thresholds: Float[Array, "T"]
+    maps: Float[Array, "B K *grid"], allowed: Array, thresholds: Float[Array | np.ndarray, "T"]
 ) -> Float[Array, "B K T"]:
     """OrganIoU: the share of the attended cells that lie in the allowed organ.
 

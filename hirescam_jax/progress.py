@@ -1,4 +1,4 @@
-"""What a long task says: a progress bar (plain lines without a terminal), JSON lines, TensorBoard."""
+"""What a long task says: a progress bar or plain lines, JSON lines, TensorBoard."""
 
 import json
 import math

@@ -67,12 +67,8 @@ def _rows(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "label": label.replace("_", " "),
                 "auroc": [e["auroc"]["labels"][label] for e in (before, after)],
-                "gradcam": [
-                    e["organ_iou"]["gradcam"]["labels"][label] for e in (before, after)
-                ],
-                "hirescam": [
-                    e["organ_iou"]["hirescam"]["labels"][label] for e in (before, after)
-                ],
+                "gradcam": [e["organ_iou"]["gradcam"]["labels"][label] for e in (before, after)],
+                "hirescam": [e["organ_iou"]["hirescam"]["labels"][label] for e in (before, after)],
             }
         )
     return rows
@@ -149,7 +145,7 @@ def _examples(comparison: Comparison, count: int) -> list[dict[str, Any]]:
             volume = run.normalize(jnp.asarray(case.volume[None]))
             for method in METHODS:
                 found = explain(run.model, run.variables, volume, [label], method)
-                heat = np.asarray(normalize_map(found.maps))[0, 0]
+                heat = np.asarray(normalize_map(found.maps)[0, 0])
                 probability = float(1 / (1 + np.exp(-float(found.logits[0, label]))))
                 results[name, method] = (heat, probability)
         marks = [mark.replace("_", " ") for mark, present in case.marks.items() if present]
@@ -176,7 +172,7 @@ def _panel(case: PhantomCase, label: int, results: dict[tuple[str, str], Any]) -
     """The lesion's axial slice five times: CT, then each training and method in colour."""
     lesion = case.lesions[label]
     d = int(lesion.sum(axis=(1, 2)).argmax())
-    allowed = case.regions[case.findings[label] > 0].any(axis=0)
+    allowed = np.asarray(case.regions[case.findings[label] > 0].any(axis=0))
     figure = Figure(figsize=(14.2, 3.2), facecolor="#000000")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 5)

@@ -1,8 +1,8 @@
 """Training. The whole of it happens in `train_step`: one compiled program a batch.
 
-    int16 volumes, findings, region masks
-      -> flips and rotations -> window -> features -> logits and HiResCAM maps
-      -> classification loss + lambda * mask loss -> gradient -> update
+int16 volumes, findings, region masks
+  -> flips and rotations -> window -> features -> logits and HiResCAM maps
+  -> classification loss + lambda * mask loss -> gradient -> update
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -31,8 +31,7 @@ from hirescam_jax.progress import Log, progress
 Metrics = dict[str, Array]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a step changes."""
 
     step: Array
@@ -50,7 +49,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update from a batch of int16 volumes [B, D, H, W], findings [B, K, R], regions
     [B, R, d, h, w] and index [B]. All randomness is a function of (config.seed, step, index)."""
-    model = config.model
+    model: Any = config.model
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     augment_keys = jax.vmap(partial(jax.random.fold_in, key))(batch["index"])
     volume, regions = augment(config.preprocess, augment_keys, batch["volume"], batch["regions"])
@@ -95,7 +94,7 @@ def train_step(
 def eval_step(variables: Any, batch: dict[str, Array], *, config: Config) -> Metrics:
     """Sums, over the real examples of a padded batch, of the losses as in `train_step`, without
     augmentation and with BatchNorm's running statistics."""
-    model = config.model
+    model: Any = config.model
     features = model.apply(
         variables, config.preprocess.normalize(batch["volume"]), method="features"
     )

@@ -42,7 +42,7 @@ def weights_of(name: str, grid: tuple[int, ...], rng: np.random.Generator) -> di
 
 
 def head_in_jax(name: str, weights: dict, features):
-    batch, *grid, channels = features.shape
+    batch, *grid, _ = features.shape
     if name == "gap_fc":
         x = features.mean(axis=tuple(range(1, features.ndim - 1)))
     elif name == "max_slices":
@@ -162,19 +162,20 @@ def test_max_head_looks_only_at_the_winning_slice():
 
 def test_plain_and_linen_heads_give_the_same_maps():
     model = AxialNet(num_labels=5)
-    features = jax.random.normal(jax.random.key(0), (2, 6, 6, 6, 16))
-    params = {"params": {"fc": dense(jax.random.key(1), 6 * 6 * 16, 5)}}
+    features = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 6, 6, 16)), jnp.float32)
+    params = {"params": {"fc": dense(6 * 6 * 16, 5)}}
     maps = hirescam(partial(model.apply, params, method="head"), features)
     kernel = np.asarray(params["params"]["fc"]["kernel"], np.float64).reshape(6, 6, 16, 5)
     expected = np.einsum("bshwc,hwck->bkshw", np.asarray(features, np.float64), kernel) / 6
     np.testing.assert_allclose(maps, expected, rtol=1e-5, atol=1e-6)
 
 
-def dense(key, inputs: int, outputs: int) -> dict:
-    kernel_key, bias_key = jax.random.split(key)
+def dense(inputs: int, outputs: int) -> dict:
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(inputs, outputs)) / np.sqrt(inputs)
     return {
-        "kernel": jax.random.normal(kernel_key, (inputs, outputs)) / np.sqrt(inputs),
-        "bias": jax.random.normal(bias_key, (outputs,)),
+        "kernel": jnp.asarray(kernel, jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=outputs), jnp.float32),
     }
 
 
@@ -343,8 +344,8 @@ def test_eighty_labels_on_wide_features_stay_below_one_gibibyte(head, function):
 @pytest.mark.parametrize("pool", ["mean", "max"])
 def test_completeness_on_axialnets_head_at_full_size(pool):
     model = AxialNet(pool=pool)
-    features = jax.nn.relu(jax.random.normal(jax.random.key(0), (1, 135, 6, 6, 16)))
-    fc = dense(jax.random.key(1), 6 * 6 * 16, 80)
+    features = np.maximum(np.random.default_rng(0).normal(size=(1, 135, 6, 6, 16)), 0)
+    features, fc = jnp.asarray(features, jnp.float32), dense(6 * 6 * 16, 80)
     head = partial(model.apply, {"params": {"fc": fc}}, method="head")
     logits, maps = head(features), hirescam(head, features)
     total = np.asarray(maps, np.float64).sum(axis=(2, 3, 4)) + np.asarray(fc["bias"])
@@ -362,12 +363,24 @@ TINY = {"blocks": (1, 1), "widths": (4, 8), "stem": "small", "conv_widths": (6,)
 @pytest.fixture(scope="module", params=["mean", "max"])
 def tiny(request):
     model = AxialNet(num_labels=80, pool=request.param, **TINY)
-    volumes = jax.random.normal(jax.random.key(0), (2, 12, 32, 28))
-    variables = jax.jit(model.init)(jax.random.key(1), volumes)
-    leaves, tree = jax.tree.flatten(variables["params"])
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return model, {**variables, "params": jax.tree.unflatten(tree, moved)}, volumes
+    volumes = jnp.asarray(np.random.default_rng(1).normal(size=(2, 12, 32, 28)), jnp.float32)
+    return model, random_variables(model, volumes), volumes
+
+
+def random_variables(model, volumes):
+    """Random parameters, biases included; BatchNorm as it starts."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), volumes)
+
+    def draw(leaf):
+        fan_in = np.prod(leaf.shape[:-1], dtype=int) if leaf.ndim > 1 else 4
+        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32)
+
+    def at_start(path, leaf):
+        return jnp.full(leaf.shape, float(path[-1].key == "var"), jnp.float32)
+
+    stats = jax.tree_util.tree_map_with_path(at_start, shapes.get("batch_stats", {}))
+    return {"params": jax.tree.map(draw, shapes["params"]), "batch_stats": stats}
 
 
 def test_explain_whole_network(tiny):
@@ -400,13 +413,12 @@ def test_explain_whole_network(tiny):
 
 def test_residual_of_a_head_with_relu_is_what_the_map_leaves_unexplained():
     model = Conv3DNet(num_labels=3, widths=(4,), narrow=(3,), hidden=(6,))
-    volumes = jax.random.normal(jax.random.key(0), (2, 9, 9, 9))
-    variables = jax.jit(model.init)(jax.random.key(1), volumes)
-    variables["params"]["hiddens_0"]["bias"] += 0.3
+    volumes = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, 9, 9)), jnp.float32)
+    variables = random_variables(model, volumes)
     result = explain(model, variables, volumes)
     head = partial(model.apply, variables, method="head")
     features = jax.jit(partial(model.apply, method="features"))(variables, volumes)
-    at_zero = head(jnp.zeros_like(features))
+    at_zero = head(features * 0)
     left = np.abs(np.asarray(result.maps).sum(axis=(2, 3, 4)) + at_zero - result.logits)
     np.testing.assert_allclose(result.residual, left, rtol=1e-4, atol=1e-6)
     assert result.residual.max() > 1e-2
@@ -451,7 +463,7 @@ def test_normalize_map_by_hand():
 
 
 def test_normalize_map_of_the_last_axes_only():
-    maps = jax.random.normal(jax.random.key(0), (3, 2, 4, 4))
+    maps = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 4, 4)), jnp.float32)
     flat = normalize_map(maps.reshape(6, 1, 4, 4))
     np.testing.assert_array_equal(normalize_map(maps, spatial_axes=2), np.reshape(flat, maps.shape))
     np.testing.assert_array_equal(normalize_map(maps[0, 0], spatial_axes=2), np.asarray(flat)[0, 0])

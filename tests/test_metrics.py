@@ -121,7 +121,9 @@ def test_nan_mean():
 
 def test_bootstrap_of_a_mean_is_the_normal_interval():
     values = np.random.default_rng(0).normal(loc=3, scale=2, size=400)
-    value, low, high = bootstrap(lambda cases: values[cases].mean(-1), 400, resamples=20_000)
+    value, low, high = bootstrap(
+        lambda cases: values[cases].mean(-1, keepdims=True), 400, resamples=20_000
+    )
     np.testing.assert_allclose(value, values.mean(), rtol=1e-12)
     error = values.std() / 20  # the bootstrap's own standard error: no degree of freedom lost
     # Monte-Carlo error of the 2.5 % quantile of 20,000 draws: 0.019 standard errors.
@@ -134,8 +136,10 @@ def test_bootstrap_intervals_cover_the_true_mean():
     covered = 0
     for seed in range(300):
         values = rng.normal(size=60)
-        _, low, high = bootstrap(lambda c, v=values: v[c].mean(-1), 60, resamples=400, seed=seed)
-        covered += low <= 0 <= high
+        _, low, high = bootstrap(
+            lambda c, v=values: v[c].mean(-1, keepdims=True), 60, resamples=400, seed=seed
+        )
+        covered += low[0] <= 0 <= high[0]
     assert 0.90 <= covered / 300 <= 0.985  # 95 % less what a percentile interval of 60 cases loses
 
 
@@ -143,7 +147,9 @@ def test_bootstrap_is_a_function_of_its_seed():
     values = np.random.default_rng(0).normal(size=50)
 
     def run(seed):
-        return bootstrap(lambda cases: values[cases].mean(-1), 50, resamples=200, seed=seed)
+        return bootstrap(
+            lambda cases: values[cases].mean(-1, keepdims=True), 50, resamples=200, seed=seed
+        )
 
     assert run(1) == run(1)
     assert run(1)[1:] != run(2)[1:]
@@ -163,6 +169,10 @@ def test_bootstrap_leaves_undefined_resamples_out():
     assert np.isnan([value[1], low[1], high[1]]).all()
 
 
-def test_bootstrap_of_a_scalar_that_is_never_defined():
-    value, low, high = bootstrap(lambda cases: np.full(len(cases), np.nan), 5, resamples=20)
-    assert np.isnan([value, low, high]).all()
+def test_bootstrap_of_a_scalar():
+    values = np.arange(5.0)
+    value, low, high = bootstrap(lambda cases: values[cases].mean(-1), 5, resamples=50)
+    assert (np.shape(value), np.shape(low), np.shape(high)) == ((), (), ())
+    assert low < value == 2 < high
+    undefined = bootstrap(lambda cases: np.full(len(cases), np.nan), 5, resamples=20)
+    assert np.isnan(undefined).all()

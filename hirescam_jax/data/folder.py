@@ -1,11 +1,11 @@
 """A prepared data set as a plain folder: `dataset.json` and one .npz a volume.
 
-    dataset.json   {"format": 1, "labels": [...], "regions": [...], "spacing_mm": [d, h, w],
-                    "shape": [D, H, W], "splits": {"train": [ids], "val": [...], "test": [...]}}
-    <id>.npz       volume   int16 [D, H, W], Hounsfield units, axes superior -> inferior,
-                            anterior -> posterior, right -> left
-                   findings uint8 [K, R], 1 where label k was found in region r
-                   regions  uint8 [R, D, H, W], organ masks
+dataset.json   {"format": 1, "labels": [...], "regions": [...], "spacing_mm": [d, h, w],
+                "shape": [D, H, W], "splits": {"train": [ids], "val": [...], "test": [...]}}
+<id>.npz       volume   int16 [D, H, W], Hounsfield units, axes superior -> inferior,
+                        anterior -> posterior, right -> left
+               findings uint8 [K, R], 1 where label k was found in region r
+               regions  uint8 [R, D, H, W], organ masks
 """
 
 import json
@@ -46,7 +46,7 @@ class Folder:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: Any) -> dict[str, Any]:
         """volume int16 [D, H, W], findings uint8 [K, R], regions uint8 [R, d, h, w], index."""
         path = self.path / f"{self.ids[index]}.npz"
         shapes = {

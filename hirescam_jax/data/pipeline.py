@@ -16,17 +16,24 @@ from hirescam_jax.data.folder import Folder
 from hirescam_jax.data.phantom import Phantom
 from hirescam_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 
 
 class Source(Protocol):
     """A random-access split: item -> volume int16 [D, H, W], findings uint8 [K, R], regions uint8
     [R, d, h, w] on the feature grid, and its own index."""
 
-    labels: tuple[str, ...]
-    regions: tuple[str, ...]
-    shape: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float]
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    @property
+    def regions(self) -> tuple[str, ...]: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...]: ...
 
     def __len__(self) -> int: ...
 

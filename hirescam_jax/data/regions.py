@@ -27,7 +27,9 @@ def to_feature_grid(
     """
     masks = np.asarray(masks)
     if method == "nearest":
-        index = [np.arange(out) * size // out for size, out in zip(masks.shape[1:], grid)]
+        index = [
+            np.arange(out) * size // out for size, out in zip(masks.shape[1:], grid, strict=True)
+        ]
         small = masks[:, index[0][:, None, None], index[1][:, None], index[2]] != 0
     else:
         weights = _area_weights if method == "area" else _linear_weights

@@ -93,9 +93,9 @@ def _kernel_grad(kernel: Array, strides: tuple, pads: tuple, x: Array, grad: Arr
         patches = jnp.concatenate(taps, -1).reshape(-1, rows * columns * channels)
         return total + patches.T @ grad.reshape(-1, features), None
 
-    chunks = [a.reshape(batch // chunk, chunk, *a.shape[1:]) for a in (x, grad)]
+    xs, grads = (a.reshape(batch // chunk, chunk, *a.shape[1:]) for a in (x, grad))
     start = jnp.zeros((rows * columns * channels, features), x.dtype)
-    return lax.scan(add, start, tuple(chunks))[0].reshape(kernel.shape)
+    return lax.scan(add, start, (xs, grads))[0].reshape(kernel.shape)
 
 
 class BasicBlock(nn.Module):
@@ -139,7 +139,8 @@ class ResNet(nn.Module):
         x = conv(self.widths[0], kernel, 2, dtype=self.dtype, name="conv1")(x)
         x = nn.relu(_batch_norm(train, self.dtype, "bn1")(x))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
+            pads: Any = ((1, 1), (1, 1))  # Flax's annotation knows only names
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=pads)
         for stage, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True)):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
