@@ -25,11 +25,13 @@ from hirescam_jax.progress import progress, say
 from hirescam_jax.report import Comparison, write_report
 from hirescam_jax.train import feature_grid, train
 
-VARIANTS = {"baseline": 0.0, "mask_loss": 1 / 3}
+# The paper's lambda is 1/3 over hundreds of thousands of steps; in 640 steps a penalty that is
+# averaged over all cells needs more weight to be felt.
+VARIANTS = {"baseline": 0.0, "mask_loss": 1.0}
 
 
 def demo_config(seed: int = 0) -> Config:
-    """Small enough for two CPU cores: 48 x 64 x 64 voxels, 16 x 8 x 8 feature cells."""
+    """Small enough for two CPU cores: 48 x 48 x 48 voxels, 16 x 6 x 6 feature cells."""
     return Config(
         model=AxialNet(
             blocks=(1, 1, 1),
@@ -38,11 +40,17 @@ def demo_config(seed: int = 0) -> Config:
             conv_widths=(32,),
             conv_padding="SAME",
         ),
-        data=PhantomData(PhantomConfig(seed=seed), train_size=512, val_size=128, test_size=192),
-        preprocess=Preprocess(flip=0.5, rotate=0.0),
+        data=PhantomData(
+            PhantomConfig(shape=(48, 48, 48), seed=seed),
+            train_size=640,
+            val_size=128,
+            test_size=192,
+        ),
+        preprocess=Preprocess(flip=0.0, rotate=0.0),
         optimizer=Adam(learning_rate=4e-3),
+        mask_weight=VARIANTS["mask_loss"],
         batch_size=8,
-        epochs=10,
+        epochs=8,
         seed=seed,
     )
 

@@ -1,5 +1,6 @@
 """The networks: layer by layer the same as in PyTorch, and the fast convolutions."""
 
+import itertools
 import math
 from functools import partial
 
@@ -64,7 +65,7 @@ def torch_axialnet(torch, model: AxialNet, fc_inputs: int):
     nn = torch.nn
     padding = "same" if model.conv_padding == "SAME" else 0
     widths = (model.widths[-1], *model.conv_widths)
-    pairs = zip(widths, widths[1:], strict=False)
+    pairs = itertools.pairwise(widths)
     net = nn.ModuleDict(
         {
             "resnet": torch_resnet(torch, model.blocks, model.widths, model.stem, model.channels),
@@ -253,7 +254,7 @@ def torch_conv3dnet(torch, model: Conv3DNet, fc_inputs: int):
     hidden = (fc_inputs, *model.hidden)
 
     def pairs(sizes):
-        return zip(sizes, sizes[1:], strict=False)
+        return itertools.pairwise(sizes)
 
     net = nn.ModuleDict(
         {
@@ -377,14 +378,15 @@ def test_dropout_of_conv3dnet_is_in_training_only():
 @pytest.mark.parametrize(
     ("model", "shape"),
     [
-        (AxialNet(3, (1, 1), (8, 16), "small", (8,), dtype="bfloat16"), (1, 6, 24, 24)),
+        (AxialNet(3, (1,), (8,), "small", (8,), dtype="bfloat16"), (1, 6, 24, 24)),
         (Conv3DNet(3, (8, 8), (8,), (8,), dtype="bfloat16"), (1, 12, 12, 12)),
     ],
     ids=["axialnet", "conv3dnet"],
 )
 def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(model, shape):
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros(shape))
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    variables = random_variables(model, shape)
+    created = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
+    assert {leaf.dtype for leaf in jax.tree.leaves(created)} == {jnp.dtype("float32")}
     volume = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
     def run(model):
@@ -403,9 +405,10 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(model, 
     assert half.dtype == jnp.float32
     assert (np.asarray(half) != np.asarray(full)).any()
     np.testing.assert_allclose(half, full, atol=0.05 * np.abs(full).max())
-    for a, b in zip(jax.tree.leaves(half_gradient), jax.tree.leaves(gradient), strict=True):
-        assert a.dtype == jnp.float32
-        np.testing.assert_allclose(np.linalg.norm(a - b), 0, atol=0.1 * np.linalg.norm(b) + 1e-6)
+    leaves = [jax.tree.leaves(tree) for tree in (half_gradient, gradient)]
+    assert {leaf.dtype for leaf in leaves[0]} == {jnp.dtype("float32")}
+    flat_half, flat = (np.concatenate([np.ravel(x) for x in side]) for side in leaves)
+    assert np.linalg.norm(flat_half - flat) < 0.1 * np.linalg.norm(flat)
 
 
 # -- convolutions ---------------------------------------------------------------------------------
@@ -448,6 +451,22 @@ def test_conv2d_and_its_gradient_are_laxs(batch, kernel, stride, padding):
     for got, wanted in zip(ours, exact, strict=True):
         assert got.shape == wanted.shape
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_kernel_gradient_does_not_lose_precision_over_many_images():
+    """The sum over 128 images may differ from the exact one by its own rounding, 2^-8, no more."""
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.normal(size=(128, 14, 14, 4)), jnp.bfloat16) for _ in range(2))
+    w = jnp.zeros((3, 3, 4, 4), jnp.bfloat16)
+
+    @jax.jit
+    def gradient(x, w, g):
+        pads = [(1, 1), (1, 1)]
+        return jax.vjp(lambda w: conv2d(x, w, (1, 1), pads), w)[1](g)[0].astype(jnp.float32)
+
+    exact = gradient(*(a.astype(jnp.float32) for a in (x, w, g)))
+    error = np.linalg.norm(gradient(x, w, g) - exact)
+    assert error <= 2**-8 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
