@@ -150,7 +150,7 @@ def explain(
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    if labels is not None and not isinstance(labels, jax.Array):
+    if labels is not None and not isinstance(labels, Tracer):
         labels = np.asarray(labels)
         num_labels = jax.eval_shape(model.apply, variables, volumes).shape[1]
         _check_labels(labels, volumes.shape[0], num_labels)

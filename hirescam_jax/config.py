@@ -152,7 +152,10 @@ def from_json(text: str, where: str) -> Config:
             if name != "type" and name not in hints:
                 raise UserError(f"{where}: unknown field {field}.{name}{nearest(name, hints)}")
         kwargs = {n: build(v, hints[n], f"{field}.{n}") for n, v in value.items() if n != "type"}
-        return kind(**kwargs)
+        try:
+            return kind(**kwargs)
+        except TypeError as error:
+            raise UserError(f"{where}: {field}: {error}") from error
 
     try:
         data = json.loads(text)
@@ -182,6 +185,11 @@ def _fields(kind: type) -> list[tuple[dataclasses.Field, Any]]:
 def _fits(item: Any, hint: Any) -> bool:
     if isinstance(item, bool) and hint in (int, float):
         return False
+    if isinstance(item, tuple) and typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(item)
+        return len(item) == len(kinds) and all(map(_fits, item, kinds))
     return is_bearable(item, hint) or (hint is float and isinstance(item, int))
 
 

@@ -111,8 +111,7 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     value = statistic(np.arange(num_cases)[None])[0]
     draws = statistic(rng.integers(num_cases, size=(resamples, num_cases)))
-    if np.isnan(draws).all(axis=0).any():
-        # nanpercentile warns where a column has no value at all.
-        draws = np.where(np.isnan(draws).all(axis=0), np.inf, draws)
-    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
-    return value, np.where(np.isinf(low), np.nan, low), np.where(np.isinf(high), np.nan, high)
+    # nanpercentile warns where a column has no value at all.
+    undefined = np.isnan(draws).all(axis=0)
+    low, high = np.nanpercentile(np.where(undefined, 0.0, draws), [2.5, 97.5], axis=0)
+    return np.asarray(value), np.where(undefined, np.nan, low), np.where(undefined, np.nan, high)

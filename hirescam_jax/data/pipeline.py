@@ -5,7 +5,7 @@ number of processes, continues with exactly the volumes that an uninterrupted on
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -19,6 +19,7 @@ from hirescam_jax.errors import UserError
 Batch = dict[str, Any]
 
 
+@runtime_checkable
 class Source(Protocol):
     """A random-access split: item -> volume int16 [D, H, W], findings uint8 [K, R], regions uint8
     [R, d, h, w] on the feature grid, and its own index."""

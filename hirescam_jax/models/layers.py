@@ -91,11 +91,12 @@ def _kernel_grad(kernel: Array, strides: tuple, pads: tuple, x: Array, grad: Arr
             for j in range(columns)
         ]  # fmt: skip
         patches = jnp.concatenate(taps, -1).reshape(-1, rows * columns * channels)
-        return total + patches.T @ grad.reshape(-1, features), None
+        grad = grad.reshape(-1, features)
+        return total + jnp.matmul(patches.T, grad, preferred_element_type=jnp.float32), None
 
     xs, grads = (a.reshape(batch // chunk, chunk, *a.shape[1:]) for a in (x, grad))
-    start = jnp.zeros((rows * columns * channels, features), x.dtype)
-    return lax.scan(add, start, (xs, grads))[0].reshape(kernel.shape)
+    start = jnp.zeros((rows * columns * channels, features), jnp.float32)
+    return lax.scan(add, start, (xs, grads))[0].reshape(kernel.shape).astype(kernel.dtype)
 
 
 class BasicBlock(nn.Module):
