@@ -15,6 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# Idle threads of one framework spin for a moment before they sleep; the next program waits it out.
+REST_SECONDS = 0.03
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -61,6 +64,7 @@ def interleave(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[
     try:
         for _ in range(repeats):
             for name, program in programs.items():
+                time.sleep(REST_SECONDS)
                 start = time.perf_counter()
                 jax.block_until_ready(program())
                 seconds[name].append(time.perf_counter() - start)

@@ -40,7 +40,9 @@ def main(options: Options) -> None:
             f"{seed:>5} {without:>17.3f} {with_mask:>6.3f} {result['organ_iou_gain']:>+6.0%} "
             f"{change:>+13.3f} {result['seconds']:.0f}"
         )
-    print(f"mean gain {np.mean(gains):+.0%} (least {min(gains):+.0%}), worst AUROC {min(auroc):+.3f}")
+    print(
+        f"mean gain {np.mean(gains):+.0%} (least {min(gains):+.0%}), worst AUROC {min(auroc):+.3f}"
+    )
     if options.json:
         data = {"machine": machine(), "seeds": {str(k): v for k, v in results.items()}}
         options.json.write_text(json.dumps(data, indent=2) + "\n")

@@ -110,7 +110,7 @@ class TorchRun:
         return sum(p.numel() for p in self.model.parameters())
 
     def tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return torch.from_numpy(np.array(array)).to(self.device)
 
     def forward(self, volume: Tensor) -> None:
         """Logits of normalised volumes, without a gradient."""

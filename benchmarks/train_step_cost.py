@@ -25,6 +25,7 @@ from common import Timing, interleave, machine_line, memory, mib, ratio, write_r
 from explain_cost import axialnet
 
 from hirescam_jax.config import Config, PhantomData
+from hirescam_jax.data.phantom import LABELS
 from hirescam_jax.demo import demo_config
 from hirescam_jax.train import feature_grid, init_state, make_optimizer, train_step
 
@@ -78,6 +79,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.demo:
         config = demo_config()
+        model = config.model.clone(num_labels=len(LABELS))
+        config = dataclasses.replace(config, model=model)
         assert isinstance(config.data, PhantomData)
         shape: tuple[int, ...] = config.data.phantom.shape
     else:
