@@ -62,8 +62,8 @@ def main() -> None:
         features = model.apply(variables, volume, method="features")
         assert isinstance(features, jax.Array)
         head = partial(model.apply, variables, method="head")
-        gradient = jax.grad(lambda features: head(features)[:, label].sum())(features)
-        return (gradient * features).sum(-1)
+        gradient = jax.grad(lambda features: jnp.asarray(head(features))[:, label].sum())(features)
+        return jnp.sum(gradient * features, axis=-1)
 
     forward = jax.jit(model.apply).lower(variables, device_volume).compile()
     everything = jax.jit(partial(explain, model)).lower(variables, device_volume).compile()

@@ -224,14 +224,38 @@ def _open(run_dir: Path) -> ocp.training.Checkpointer:
 
 
 def _load(checkpointer: ocp.training.Checkpointer, step: int, abstract: Any, run_dir: Path) -> Any:
+    where = run_dir / "checkpoints" / str(step)
     try:
+        saved = checkpointer.checkpointables_metadata(step).metadata
+        for name, tree in abstract.items():
+            _check_shapes(saved[name], tree, f"{where}: {name}")
         return checkpointer.load_checkpointables(step, abstract)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         line = " ".join(str(error).split())
-        raise UserError(
-            f"{run_dir / 'checkpoints' / str(step)}: is of another model than run.json describes "
-            f"({line[:200]})"
-        ) from error
+        raise UserError(f"{where}: damaged, or not of this program ({line[:200]})") from error
+
+
+def _check_shapes(saved: Any, wanted: Any, where: str) -> None:
+    """Names the first array by which a checkpoint differs from the model."""
+    shapes, expected = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (_plain(saved), _plain(wanted))
+    )
+    for name in sorted(shapes | expected):
+        if shapes.get(name) != expected.get(name):
+            raise UserError(
+                f"{where}{name} has shape {shapes.get(name)}, not {expected.get(name)}: "
+                "it is of another model than run.json describes"
+            )
+
+
+def _plain(tree: Any) -> Any:
+    """The tree with every container as a dict, which is how a checkpoint describes itself."""
+    if hasattr(tree, "_asdict"):
+        tree = tree._asdict()
+    elif isinstance(tree, list | tuple):
+        tree = {str(i): item for i, item in enumerate(tree)}
+    return {k: _plain(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _check_same(run_dir: Path, saved: Header, wanted: Header) -> None:

@@ -81,7 +81,7 @@ def train_step(
 
     grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     new_state = TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),

@@ -1,10 +1,6 @@
 """The layers that the networks share: convolutions and the ResNet-18 backbone."""
 
-from functools import partial
-from typing import Any
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -24,79 +20,8 @@ def conv(features: int, kernel: int, stride: int = 1, *, padding: int | str | No
         (stride, stride),
         padding=pad if isinstance(pad, str) else [(pad, pad)] * 2,
         kernel_init=he_fan_out,
-        conv_general_dilated=conv2d,
         **kw,
     )
-
-
-def conv2d(
-    x: Float[Array, "N H W C"],
-    kernel: Float[Array, "kh kw C F"],
-    strides: tuple[int, int],
-    padding: Any,
-    **kw: Any,
-) -> Float[Array, "N h w F"]:
-    """`lax.conv_general_dilated` for `nn.Conv`, with the faster gradient on CPU."""
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    return _conv2d(x, kernel, tuple(strides), tuple(tuple(p) for p in padding))
-
-
-def conv2d_direct(x: Array, kernel: Array, strides: tuple, pads: tuple) -> Array:
-    return lax.conv_general_dilated(
-        x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-_conv2d = jax.custom_vjp(conv2d_direct, nondiff_argnums=(2, 3))
-
-
-def _conv2d_forward(x: Array, kernel: Array, strides: tuple, pads: tuple) -> tuple:
-    return conv2d_direct(x, kernel, strides, pads), (x, kernel)
-
-
-def _conv2d_backward(strides: tuple, pads: tuple, saved: tuple, grad: Array) -> tuple:
-    x, kernel = saved
-    pull_x = jax.vjp(lambda x: conv2d_direct(x, kernel, strides, pads), x)[1]
-
-    def direct(x: Array, grad: Array) -> Array:
-        return jax.vjp(lambda k: conv2d_direct(x, k, strides, pads), kernel)[1](grad)[0]
-
-    # Scanning over the batch would gather it where it is split over several devices.
-    on_cpu = direct if jax.device_count() > 1 else partial(_kernel_grad, kernel, strides, pads)
-    return pull_x(grad)[0], lax.platform_dependent(x, grad, cpu=on_cpu, default=direct)
-
-
-_conv2d.defvjp(_conv2d_forward, _conv2d_backward)
-
-
-def _kernel_grad(kernel: Array, strides: tuple, pads: tuple, x: Array, grad: Array) -> Array:
-    """A kernel's gradient as a sum, a few images at a time, of (patches)^T (gradients).
-
-    XLA's own form on CPU turns the batch into the innermost axis: transposes of the whole
-    activations, with everything that feeds them computed again in that order.
-    """
-    batch, height, width, features = grad.shape
-    rows, columns, channels = kernel.shape[:3]
-    patch_bytes = height * width * kernel[..., 0].size * 4
-    chunk = max(c for c in range(1, 9) if batch % c == 0 and (c == 1 or c * patch_bytes < 2**23))
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-
-    def add(total: Array, images: tuple[Array, Array]) -> tuple[Array, None]:
-        x, grad = images
-        taps = [
-            x[:, i : i + (height - 1) * strides[0] + 1 : strides[0],
-              j : j + (width - 1) * strides[1] + 1 : strides[1]]
-            for i in range(rows)
-            for j in range(columns)
-        ]  # fmt: skip
-        patches = jnp.concatenate(taps, -1).reshape(-1, rows * columns * channels)
-        grad = grad.reshape(-1, features)
-        return total + jnp.matmul(patches.T, grad, preferred_element_type=jnp.float32), None
-
-    xs, grads = (a.reshape(batch // chunk, chunk, *a.shape[1:]) for a in (x, grad))
-    start = jnp.zeros((rows * columns * channels, features), jnp.float32)
-    return lax.scan(add, start, (xs, grads))[0].reshape(kernel.shape).astype(kernel.dtype)
 
 
 class BasicBlock(nn.Module):
@@ -140,14 +65,27 @@ class ResNet(nn.Module):
         x = conv(self.widths[0], kernel, 2, dtype=self.dtype, name="conv1")(x)
         x = nn.relu(_batch_norm(train, self.dtype, "bn1")(x))
         if self.stem == "imagenet":
-            pads: Any = ((1, 1), (1, 1))  # Flax's annotation knows only names
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=pads)
+            x = max_pool(x)
         for stage, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True)):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
                 name = f"layer{stage + 1}_{i}"
                 x = BasicBlock(width, stride, self.dtype, name=name)(x, train)
         return x
+
+
+def max_pool(x: Float[Array, "N H W C"]) -> Float[Array, "N h w C"]:
+    """3x3 max-pool of stride 2 and padding 1, as maxima of slices, rows first.
+
+    The gradient of XLA's own window is a serial scatter on CPU. Padding with 0 is neutral, since
+    what is pooled comes from a ReLU.
+    """
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    for axis in (1, 2):
+        count = (x.shape[axis] - 3) // 2 + 1
+        taps = [lax.slice_in_dim(x, i, i + 2 * count - 1, 2, axis) for i in range(3)]
+        x = jnp.maximum(jnp.maximum(taps[0], taps[1]), taps[2])
+    return x
 
 
 def _batch_norm(train: bool, dtype: DTypeLike, name: str) -> nn.BatchNorm:
