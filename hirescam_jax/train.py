@@ -179,6 +179,9 @@ def train(
         UserError: a run folder that exists (or does not, with `resume`), a loss that is not a
             finite number, bad data.
     """
+    for name in ("batch_size", "epochs"):
+        if getattr(config, name) < 1:
+            raise UserError(f"config.{name} must be at least 1, got {getattr(config, name)}")
     training, validation = sources or (open_data(config, "train"), open_data(config, "val"))
     model = config.model.clone(num_labels=len(training.labels))
     config = dataclasses.replace(config, model=model)
@@ -186,6 +189,13 @@ def train(
     if len(training) < config.batch_size:
         raise UserError(
             f"config.batch_size = {config.batch_size} exceeds the {len(training)} training volumes"
+        )
+    if len(validation) == 0:
+        raise UserError("the validation split is empty: raise config.data.val_size")
+    if config.preprocess.rotate > 0 and training.shape[1] != training.shape[2]:
+        raise UserError(
+            f"volumes of {training.shape} cannot be rotated by 90 degrees: set "
+            "config.preprocess.rotate to 0"
         )
     epoch_steps = len(training) // config.batch_size
     total_steps = epoch_steps * config.epochs

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("hirescam_jax", "beartype.beartype")
+install_import_hook(
+    "hirescam_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 DATA = Path(os.environ.get("HIRESCAM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

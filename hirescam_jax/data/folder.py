@@ -56,7 +56,7 @@ class Folder:
         }
         arrays = {}
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 for name, shape in shapes.items():
                     arrays[name] = file[name]
                     if arrays[name].shape != shape:
@@ -67,7 +67,7 @@ class Folder:
             raise UserError(f"{path}: listed in dataset.json but missing") from error
         except KeyError as error:
             raise UserError(f"{path}: no array {error}") from error
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path}: not a readable .npz ({error})") from error
         return {
             "volume": arrays["volume"].astype(np.int16, copy=False),
@@ -84,6 +84,8 @@ class Folder:
             raise UserError(f"{path}: missing, so this is no prepared folder") from error
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not readable as JSON ({error})") from error
+        if not isinstance(header, dict):
+            raise UserError(f"{path}: holds no JSON object")
         if header.get("format") != FORMAT:
             raise UserError(f"{path}: format {header.get('format')}, this version reads {FORMAT}")
         missing = {"labels", "regions", "shape", "spacing_mm", "splits"} - set(header)

@@ -19,7 +19,8 @@ def export(out: Path, config: PhantomConfig, split: str, size: int) -> None:
         UserError: `out` exists.
     """
     try:
-        (out / "masks").mkdir(parents=True)
+        out.mkdir(parents=True)
+        (out / "masks").mkdir()
     except FileExistsError as error:
         raise UserError(f"{out}: exists; choose another folder") from error
     phantom = Phantom(config, split, size, (1, 1, 1))

@@ -16,6 +16,9 @@ from hirescam_jax.data.folder import Folder
 from hirescam_jax.data.phantom import Phantom
 from hirescam_jax.errors import UserError
 
+# Stands for "without end": Grain cannot cut its own endless repetition into batches of one.
+EPOCHS = 1_000_000
+
 Batch = dict[str, Any]
 
 
@@ -56,7 +59,10 @@ def open_split(
         UserError: as the readers do, or a label that the data set has not.
     """
     if isinstance(data, PhantomData):
-        source = Phantom(data.phantom, split, getattr(data, f"{split}_size"), grid)
+        try:
+            source = Phantom(data.phantom, split, getattr(data, f"{split}_size"), grid)
+        except ValueError as error:
+            raise UserError(f"config.data: {error}") from error
     else:
         source = Folder(data.path, split, grid)
     return ChosenLabels(source, labels) if labels else source
@@ -114,7 +120,7 @@ def train_batches(
     shuffled anew each epoch; of these, process p of P takes every P-th, beginning with p.
     """
     processes = jax.process_count()
-    endless = grain.MapDataset.source(source).seed(seed).shuffle().repeat()  # type: ignore
+    endless = grain.MapDataset.source(source).seed(seed).shuffle().repeat(EPOCHS)  # type: ignore
     mine = endless[jax.process_index() :: processes].batch(batch_size // processes)
     return iter(_read(mine[start_step:], workers))
 
