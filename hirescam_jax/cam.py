@@ -66,6 +66,9 @@ def hirescam(
     """
 
     def channel_sum(gradient: Array, features: Array) -> Array:
+        if gradient.shape[0] < features.shape[0]:
+            # One gradient serves the batch: a matrix product, which the sum below is not.
+            return jnp.einsum("b...c,...c->b...", features, gradient[0], precision="highest")
         return jnp.sum(gradient * features, axis=-1)
 
     return _maps(channel_sum, head, features, labels, max_gradient_bytes)
@@ -87,6 +90,7 @@ def gradcam(
 
     def channel_sum(gradient: Array, features: Array) -> Array:
         weights = jnp.mean(gradient, axis=tuple(range(1, gradient.ndim - 1)))
+        weights = jnp.broadcast_to(weights, (features.shape[0], weights.shape[1]))
         return jnp.einsum("b...c,bc->b...", features, weights, precision="highest")
 
     return _maps(channel_sum, head, features, labels, max_gradient_bytes)
@@ -188,17 +192,50 @@ def _maps(
     batch, num_labels = logits.shape
     _check_labels(labels, batch, num_labels)
     labels_LB = _label_grid(labels, batch, num_labels).T
+    same_labels = labels is None or np.ndim(labels) == 1
+    if batch > 1 and same_labels and _is_affine(head, features):
+        # The gradient is the same for every example: one pulls it back for all.
+        _, pull_back = jax.vjp(head, features[:1])
+        labels_LB = labels_LB[:, :1]
 
     def one_label(label_B: Int[Array, "B"]) -> Array:
         (gradient,) = pull_back(jax.nn.one_hot(label_B, num_labels, dtype=logits.dtype))
         return channel_sum(gradient, features)
 
-    chunk = max(1, max_gradient_bytes // (features.size * features.dtype.itemsize))
+    gradient_bytes = features[:1].size * labels_LB.shape[1] * features.dtype.itemsize
+    chunk = max(1, max_gradient_bytes // gradient_bytes)
     if chunk >= labels_LB.shape[0]:
         maps_LB = jax.vmap(one_label)(labels_LB)
     else:
         maps_LB = jax.lax.map(one_label, labels_LB, batch_size=chunk if chunk > 1 else None)
     return jnp.moveaxis(maps_LB, 0, 1)
+
+
+def _is_affine(head: Head, features: Array) -> bool:
+    """Whether the traced gradient of the head is free of the features (if so, it is affine).
+
+    Conservative: an operation counts as using all of its inputs for all of its outputs, and a head
+    that draws random numbers (dropout) treats each example differently.
+    """
+
+    def gradient(features: Array, cotangent: Array) -> Array:
+        return jax.vjp(head, features)[1](cotangent)[0]
+
+    example = jax.ShapeDtypeStruct((1, *features.shape[1:]), features.dtype)
+    try:
+        logits = jax.eval_shape(head, example)
+    except (TypeError, ValueError):  # a head that holds data of the whole batch
+        return False
+    if logits.shape[0] != 1:
+        return False
+    traced = jax.make_jaxpr(gradient)(example, logits).jaxpr
+    if any(name in str(traced) for name in ("random", "threefry")):
+        return False
+    needed = set(map(id, traced.outvars))
+    for equation in reversed(traced.eqns):
+        if needed.intersection(map(id, equation.outvars)):
+            needed.update(map(id, equation.invars))
+    return id(traced.invars[0]) not in needed
 
 
 def _at_least_float32(x: Array) -> Array:

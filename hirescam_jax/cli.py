@@ -25,6 +25,8 @@ def demo(out: Path = Path("hirescam_demo"), seed: int = 0) -> None:
     from hirescam_jax.demo import demo as run_demo
     from hirescam_jax.demo import demo_config
 
+    if seed < 0:
+        raise UserError(f"--seed must not be negative, got {seed}")
     run_demo(out, demo_config(seed))
 
 

@@ -472,3 +472,31 @@ def test_normalize_map_of_the_last_axes_only():
 def test_normalize_map_has_a_finite_gradient_at_zero_maps():
     gradient = jax.grad(lambda maps: normalize_map(maps).sum())(jnp.zeros((1, 1, 3, 3)))
     assert np.isfinite(gradient).all()
+
+
+def per_example_maps(head, features):
+    """HiResCAM from the whole Jacobian, example by example of one batch."""
+    jacobian = jax.jacrev(head)(features)  # [B, K, B, *grid, C]
+    own = jnp.stack([jacobian[b, :, b] for b in range(features.shape[0])])
+    return (own * features[:, None]).sum(-1)
+
+
+def affine_with_dropout(features):
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(4 * 3 * 2, 5)), jnp.float32)
+    flat = features.reshape(features.shape[0], -1)
+    return (flat * jax.random.bernoulli(jax.random.key(0), 0.5, flat.shape)) @ weights
+
+
+def affine_with_data_of_each_example(features):
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(4 * 3 * 2, 5)), jnp.float32)
+    scale = jnp.asarray([[1.0], [-2.0], [3.0]])
+    return features.reshape(features.shape[0], -1) @ weights * scale
+
+
+@pytest.mark.parametrize("head", [affine_with_dropout, affine_with_data_of_each_example])
+@pytest.mark.parametrize("jit", [False, True])
+def test_affine_heads_that_treat_examples_differently(head, jit):
+    rng = np.random.default_rng(1)
+    features = jnp.asarray(rng.normal(size=(3, 4, 3, 2)), jnp.float32)
+    run = jax.jit(partial(hirescam, head)) if jit else partial(hirescam, head)
+    np.testing.assert_allclose(run(features), per_example_maps(head, features), atol=1e-5)

@@ -16,14 +16,17 @@ def export(out: Path, config: PhantomConfig, split: str, size: int) -> None:
     of the region), `masks/<id>_lesions.nii.gz` (1 + number of the label) and `findings.csv`.
 
     Raises:
-        UserError: `out` exists.
+        UserError: `out` exists, or a size, shape or seed that cannot be.
     """
+    try:
+        phantom = Phantom(config, split, size, (1, 1, 1))
+    except ValueError as error:
+        raise UserError(str(error)) from error
     try:
         out.mkdir(parents=True)
         (out / "masks").mkdir()
     except FileExistsError as error:
         raise UserError(f"{out}: exists; choose another folder") from error
-    phantom = Phantom(config, split, size, (1, 1, 1))
     rows = []
     for i in progress(range(size), "drawing patients", "patient"):
         case = phantom.case(i)
