@@ -155,7 +155,7 @@ def phantom(
 COMMANDS = {"demo": demo, "evaluate": evaluate, "explain": explain, "phantom": phantom}
 USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
-  demo       train on phantom CTs without and with the mask loss, and compare (3 minutes)
+  demo       train on phantom CTs without and with the mask loss, and compare (4 minutes)
   train      train a model from a config
   evaluate   measure a run: AUROC, average precision, OrganIoU
   explain    explain CT volumes (NIfTI) with a run
