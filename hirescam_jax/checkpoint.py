@@ -8,7 +8,6 @@ checkpoints/     the latest one and the best one (lowest validation loss), by st
 
 import dataclasses
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from jaxtyping import Array, Float
 from hirescam_jax import config as configs
 from hirescam_jax.config import Config
 from hirescam_jax.errors import UserError
+from hirescam_jax.files import atomic_file
 
 FORMAT = 1
 
@@ -122,9 +122,8 @@ class Saver:
         elif jax.process_index() == 0:
             try:
                 run_dir.mkdir(parents=True)
-                temporary = run_dir / "run.json.tmp"
-                temporary.write_text(header.to_json())
-                os.replace(temporary, run_dir / "run.json")
+                with atomic_file(run_dir / "run.json") as temporary:
+                    temporary.write_text(header.to_json())
             except OSError as error:
                 raise UserError(f"{run_dir}: cannot write the run ({error.strerror})") from error
         self.checkpointer = _open(run_dir)

@@ -1,6 +1,5 @@
 """The `hirescam` command. Each subcommand is one function here; it only starts things."""
 
-import os
 import signal
 import sys
 import warnings
@@ -25,8 +24,6 @@ def demo(out: Path = Path("hirescam_demo"), seed: int = 0) -> None:
     from hirescam_jax.demo import demo as run_demo
     from hirescam_jax.demo import demo_config
 
-    if seed < 0:
-        raise UserError(f"--seed must not be negative, got {seed}")
     run_demo(out, demo_config(seed))
 
 
@@ -76,15 +73,15 @@ def evaluate(
 
     from hirescam_jax.checkpoint import load_run
     from hirescam_jax.evaluate import evaluate_run, table
+    from hirescam_jax.files import atomic_file
     from hirescam_jax.train import open_data
 
     opened = load_run(run, checkpoint)
     splits = [open_data(opened.config, split) for split in ("val", "test")]
     result = evaluate_run(opened, *splits)
     target = out or run / "evaluation.json"
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(json.dumps({"step": opened.step, **result}, indent=2))
-    os.replace(temporary, target)
+    with atomic_file(target) as temporary:
+        temporary.write_text(json.dumps({"step": opened.step, **result}, indent=2))
     print(table(result))
     print(target)
 

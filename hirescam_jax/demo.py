@@ -16,14 +16,15 @@ import jax
 from hirescam_jax.checkpoint import Run
 from hirescam_jax.config import Adam, Config, PhantomData
 from hirescam_jax.data.phantom import Phantom, PhantomConfig
-from hirescam_jax.data.pipeline import InMemory
+from hirescam_jax.data.pipeline import InMemory, Source
 from hirescam_jax.errors import UserError
-from hirescam_jax.evaluate import aligned, evaluate, predict
+from hirescam_jax.evaluate import aligned, evaluate, interval_text, predict
+from hirescam_jax.files import atomic_file
 from hirescam_jax.models import AxialNet
 from hirescam_jax.preprocess import Preprocess
 from hirescam_jax.progress import progress, say
-from hirescam_jax.report import Comparison, write_report
-from hirescam_jax.train import feature_grid, train
+from hirescam_jax.report import TITLES, Comparison, write_report
+from hirescam_jax.train import open_data, train
 
 # The paper's lambda is 1/3 over hundreds of thousands of steps; in 800 steps a penalty that is
 # averaged over all cells needs more weight to be felt.
@@ -67,15 +68,16 @@ def demo(out: Path, config: Config | None = None) -> dict[str, Any]:
         What metrics.json holds.
 
     Raises:
-        UserError: `out` exists.
+        UserError: `out` exists, or a config whose data cannot be.
     """
     config = config or demo_config()
     start = time.perf_counter()
+    opened = {split: open_data(config, split) for split in ("train", "val", "test")}
     try:
         out.mkdir(parents=True)
     except FileExistsError as error:
         raise UserError(f"{out}: exists; choose another folder with --out") from error
-    sources = render_splits(config)
+    sources = {split: _drawn(source, split) for split, source in opened.items()}
     runs: dict[str, Run] = {}
     evaluations: dict[str, dict[str, Any]] = {}
     for name, weight in VARIANTS.items():
@@ -87,9 +89,8 @@ def demo(out: Path, config: Config | None = None) -> dict[str, Any]:
         evaluations[name] = evaluate(runs[name].labels, validation, test)
     metrics = summary(evaluations)
     metrics["seconds"] = round(time.perf_counter() - start, 1)
-    temporary = out / "metrics.json.tmp"
-    temporary.write_text(json.dumps({**metrics, "details": evaluations}, indent=2))
-    os.replace(temporary, out / "metrics.json")
+    with atomic_file(out / "metrics.json") as temporary:
+        temporary.write_text(json.dumps({**metrics, "details": evaluations}, indent=2))
     say("writing report.html")
     assert isinstance(config.data, PhantomData)
     patients = Phantom(config.data.phantom, "test", config.data.test_size, (1, 1, 1))
@@ -103,20 +104,13 @@ def demo(out: Path, config: Config | None = None) -> dict[str, Any]:
     return metrics
 
 
-def render_splits(config: Config) -> dict[str, InMemory]:
-    """The phantom's three splits, drawn once by all cores."""
-    assert isinstance(config.data, PhantomData)
-    grid = feature_grid(config.model, config.data.phantom.shape)
-    sources = {}
-    for split in ("train", "val", "test"):
-        size = getattr(config.data, f"{split}_size")
-        phantom = Phantom(config.data.phantom, split, size, grid)
+def _drawn(source: Source, split: str) -> InMemory:
+    """A split of the phantom, drawn once by all cores."""
 
-        def bar(items: Any, split: str = split) -> Any:
-            return progress(items, f"drawing {split} patients", "patient")
+    def bar(items: Any) -> Any:
+        return progress(items, f"drawing {split} patients", "patient")
 
-        sources[split] = InMemory(phantom, workers=os.cpu_count() or 1, progress=bar)
-    return sources
+    return InMemory(source, workers=os.cpu_count() or 1, progress=bar)
 
 
 def summary(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -136,14 +130,9 @@ def summary(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def summary_table(evaluations: dict[str, dict[str, Any]]) -> str:
     """Both variants side by side, with 95 % intervals."""
-
-    def cell(interval: dict[str, float]) -> str:
-        return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval)
-
     rows = [["test split, marks uninformative", "AUROC", "OrganIoU Grad-CAM", "OrganIoU HiResCAM"]]
     for name, result in evaluations.items():
         iou = result["organ_iou"]
         cells = (result["auroc"], iou["gradcam"], iou["hirescam"])
-        title = "without mask loss" if name == "baseline" else "with mask loss"
-        rows.append([title, *(cell(c["mean"]) for c in cells)])
+        rows.append([TITLES[name], *(interval_text(c["mean"]) for c in cells)])
     return aligned(rows)

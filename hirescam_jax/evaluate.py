@@ -151,9 +151,9 @@ def table(result: dict[str, Any]) -> str:
         "AP": result["average_precision"],
         **{f"OrganIoU {name}": value for name, value in result["organ_iou"].items()},
     }
-    rows = [["", *columns], ["mean", *(_cell(c["mean"]) for c in columns.values())]]
+    rows = [["", *columns], ["mean", *(interval_text(c["mean"]) for c in columns.values())]]
     for label in result["auroc"]["labels"]:
-        rows.append([label, *(_cell(c["labels"][label]) for c in columns.values())])
+        rows.append([label, *(interval_text(c["labels"][label]) for c in columns.values())])
     return aligned(rows)
 
 
@@ -170,7 +170,8 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _cell(interval: dict[str, float | None]) -> str:
+def interval_text(interval: dict[str, float | None]) -> str:
+    """ "0.812 [0.790, 0.833]", or "n/a" where the measure is not defined."""
     if interval["value"] is None:
         return "n/a"
     if interval["low"] is None:

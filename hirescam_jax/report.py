@@ -17,11 +17,10 @@ from scipy import ndimage
 from hirescam_jax.cam import explain, normalize_map
 from hirescam_jax.checkpoint import Run
 from hirescam_jax.data.phantom import Phantom, PhantomCase, PhantomConfig
-from hirescam_jax.pictures import overlay_colors
+from hirescam_jax.files import atomic_file
+from hirescam_jax.pictures import METHOD_NAMES, WINDOW_HU, overlay_colors
 
 TITLES = {"baseline": "without mask loss", "mask_loss": "with mask loss"}
-METHODS = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM"}
-WINDOW_HU = (-1100.0, 400.0)
 COLORS = {"baseline": "#8a8f98", "mask_loss": "#0b6e99"}
 ORGAN, LESION = "#4be3ff", "#ffffff"
 
@@ -55,7 +54,8 @@ def write_report(path: Path, comparison: Comparison, examples: int = 6) -> None:
         spacing=first.spacing_mm,
         seed=first.config.seed,
     )
-    path.write_text(page)
+    with atomic_file(path) as temporary:
+        temporary.write_text(page)
 
 
 def _rows(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -143,7 +143,7 @@ def _examples(comparison: Comparison, count: int) -> list[dict[str, Any]]:
         results = {}
         for name, run in runs.items():
             volume = run.normalize(jnp.asarray(case.volume[None]))
-            for method in METHODS:
+            for method in ("gradcam", "hirescam"):
                 found = explain(run.model, run.variables, volume, [label], method)
                 heat = np.asarray(normalize_map(found.maps)[0, 0])
                 probability = float(1 / (1 + np.exp(-float(found.logits[0, label]))))
@@ -177,7 +177,7 @@ def _panel(case: PhantomCase, label: int, results: dict[tuple[str, str], Any]) -
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 5)
     figure.subplots_adjust(0, 0, 1, 0.88, 0.01, 0)
-    titles = ["CT", *(f"{METHODS[m]}, {TITLES[n]}" for n, m in results)]
+    titles = ["CT", *(f"{METHOD_NAMES[m]}, {TITLES[n]}" for n, m in results)]
     for ax, title, result in zip(axes, titles, [None, *results.values()], strict=True):
         ax.imshow(case.volume[d], "gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1])
         if result is not None:

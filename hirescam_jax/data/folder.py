@@ -9,7 +9,6 @@ dataset.json   {"format": 1, "labels": [...], "regions": [...], "spacing_mm": [d
 """
 
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from hirescam_jax.data.regions import to_feature_grid
 from hirescam_jax.errors import UserError
+from hirescam_jax.files import atomic_file
 
 FORMAT = 1
 
@@ -133,6 +133,5 @@ def write_folder(
         "spacing_mm": [float(s) for s in spacing_mm],
         "splits": ids,
     }
-    temporary = path / "dataset.json.tmp"
-    temporary.write_text(json.dumps(header, indent=2))
-    os.replace(temporary, path / "dataset.json")
+    with atomic_file(path / "dataset.json") as temporary:
+        temporary.write_text(json.dumps(header, indent=2))

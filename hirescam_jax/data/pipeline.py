@@ -11,7 +11,7 @@ import grain
 import jax
 import numpy as np
 
-from hirescam_jax.config import FolderData, PhantomData
+from hirescam_jax.config import FolderData, PhantomData, nearest
 from hirescam_jax.data.folder import Folder
 from hirescam_jax.data.phantom import Phantom
 from hirescam_jax.errors import UserError
@@ -72,8 +72,6 @@ class ChosenLabels:
     """A source with some of its labels."""
 
     def __init__(self, source: Source, labels: tuple[str, ...]):
-        from hirescam_jax.config import nearest
-
         for label in labels:
             if label not in source.labels:
                 raise UserError(f"config.labels: '{label}' unknown{nearest(label, source.labels)}")

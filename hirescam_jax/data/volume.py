@@ -6,7 +6,6 @@ z to the head (superior).
 
 import contextlib
 import dataclasses
-import os
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 
 from hirescam_jax.errors import UserError
+from hirescam_jax.files import atomic_file
 
 SPACING_RANGE_MM = (0.1, 30.0)
 
@@ -182,26 +182,6 @@ def write_nifti(
         header.set_qform(affine, code=int(like["qform_code"]))
     with atomic_file(path) as temporary:
         nibabel.save(nibabel.Nifti1Image(image.dataobj, None, header), temporary)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`, and moves the file to `path` if all went well.
-
-    Raises:
-        UserError: an OSError on the way, such as a full disk.
-    """
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}): free some space, or choose "
-            "another output folder"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_file(path: Path) -> None:
