@@ -11,7 +11,13 @@ import pytest
 
 from hirescam_jax.models import AxialNet, Conv3DNet
 from hirescam_jax.models.axialnet import stack_slices
-from hirescam_jax.models.layers import conv3d, conv3d_by_planes, conv3d_direct, max_pool
+from hirescam_jax.models.layers import (
+    conv3d,
+    conv3d_by_planes,
+    conv3d_direct,
+    max_pool,
+    normalize_batch,
+)
 
 FULL = (405, 420, 420)
 
@@ -202,12 +208,7 @@ def test_axialnet_is_the_same_network_in_torch(torch, name):
 
 
 def test_training_mode_and_running_statistics_are_torchs(torch):
-    """Batch statistics, the update with PyTorch's momentum 0.1, and the gradient.
-
-    PyTorch's running variance takes the unbiased variance of the batch, Flax's the biased one, so
-    the new values differ by n / (n - 1), with n the number of values behind it. The outputs and
-    gradients in training do not.
-    """
+    """Batch statistics, the gradient, and the running averages of every BatchNorm."""
     model, shape = AXIAL["small"]
     variables = random_variables(model, shape)
     volume = np.random.default_rng(1).normal(size=shape)
@@ -236,14 +237,46 @@ def test_training_mode_and_running_statistics_are_torchs(torch):
     wanted = net["resnet"]["conv1"].weight.grad.permute(2, 3, 1, 0)
     np.testing.assert_allclose(conv1, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
-    images = shape[0] * shape[1] // model.channels
-    first, height = net["resnet"]["bn1"], math.ceil(shape[2] / 2)
-    values = images * height * math.ceil(shape[3] / 2)
-    before = np.asarray(variables["batch_stats"]["resnet"]["bn1"]["var"], np.float64)
-    batch_variance = (first.running_var.numpy() - 0.9 * before) / 0.1 * (values - 1) / values
-    after = stats["resnet"]["bn1"]
-    np.testing.assert_allclose(after["mean"], first.running_mean, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(after["var"], 0.9 * before + 0.1 * batch_variance, rtol=1e-4)
+    resnet, after = net["resnet"], stats["resnet"]
+    for layer, running in [
+        (resnet["bn1"], after["bn1"]),
+        (resnet["layer1_0"].bn2, after["layer1_0"]["bn2"]),
+        (resnet["layer2_0"].down[1], after["layer2_0"]["downsample_bn"]),
+    ]:
+        np.testing.assert_allclose(running["mean"], layer.running_mean, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(running["var"], layer.running_var, rtol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.02)])
+def test_the_gradient_of_batch_normalisation_is_the_traced_one(dtype, tolerance, offset):
+    """Against JAX's own gradient of the formula, in float64; a large mean must not cancel."""
+    rng = np.random.default_rng(0)
+    shape, epsilon = (6, 7, 5, 4), 1e-5
+    x = jnp.asarray(rng.normal(offset, 3, shape), dtype)
+    weight = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    scale, bias = rng.normal(1, 0.3, 4), rng.normal(size=4)
+
+    def formula(x, scale, bias):
+        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        return (x - mean) / jnp.sqrt(var + epsilon) * scale + bias
+
+    def gradients(normalise, *arguments):
+        def loss(*arguments):
+            y = normalise(*arguments)
+            return (jnp.sin(y) * weight).sum(), y
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arguments)
+
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(np.asarray(a, np.float64)) for a in (x, scale, bias)]
+        (*wanted, wanted_y) = jax.tree.leaves(gradients(formula, *exact))
+    narrow = (x, *(jnp.asarray(a, jnp.float32) for a in (scale, bias)))
+    found = gradients(lambda *a: normalize_batch(*a, epsilon)[0].astype(jnp.float32), *narrow)
+    for got, want in zip(jax.tree.leaves(found), (*wanted, wanted_y), strict=True):
+        want = np.asarray(want)
+        error = np.abs(np.asarray(got, np.float64) - want).max()
+        assert error <= tolerance * np.abs(want).max()
 
 
 def torch_conv3dnet(torch, model: Conv3DNet, fc_inputs: int):

@@ -1,6 +1,9 @@
 """The layers that the networks share: convolutions and the ResNet-18 backbone."""
 
+from functools import partial
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -34,7 +37,7 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "N H W C"], train: bool) -> Float[Array, "N h w F"]:
         def norm(name: str):
-            return _batch_norm(train, self.dtype, name)
+            return partial(BatchNorm(self.dtype, name=name), train=train)
 
         y = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv1")(x)
         y = nn.relu(norm("bn1")(y))
@@ -63,7 +66,7 @@ class ResNet(nn.Module):
             raise ValueError(f"stem must be 'imagenet' or 'small', got {self.stem!r}")
         kernel = 7 if self.stem == "imagenet" else 3
         x = conv(self.widths[0], kernel, 2, dtype=self.dtype, name="conv1")(x)
-        x = nn.relu(_batch_norm(train, self.dtype, "bn1")(x))
+        x = nn.relu(BatchNorm(self.dtype, name="bn1")(x, train))
         if self.stem == "imagenet":
             x = max_pool(x)
         for stage, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True)):
@@ -88,9 +91,76 @@ def max_pool(x: Float[Array, "N H W C"]) -> Float[Array, "N h w C"]:
     return x
 
 
-def _batch_norm(train: bool, dtype: DTypeLike, name: str) -> nn.BatchNorm:
-    # PyTorch's momentum 0.1 is 0.9 here. Statistics stay in float32 whatever the compute dtype.
-    return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name)
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last (Ioffe & Szegedy 2015), as PyTorch has it.
+
+    Variables are those of `nn.BatchNorm`; its running variance is the biased one, this one
+    PyTorch's. Statistics are float32 at least, whatever the compute dtype.
+    """
+
+    dtype: DTypeLike = jnp.float32
+    momentum: float = 0.1
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch C"], train: bool) -> Float[Array, "*batch C"]:
+        channels = x.shape[-1]
+        mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(channels))
+        var = self.variable("batch_stats", "var", lambda: jnp.ones(channels))
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        if not train:
+            factor = scale * lax.rsqrt(var.value + self.epsilon)
+            return ((x - mean.value) * factor + bias).astype(self.dtype)
+        y, batch_mean, batch_var = normalize_batch(x, scale, bias, self.epsilon)
+        if not self.is_initializing():
+            count = x.size // channels
+            unbiased = batch_var * (count / max(count - 1, 1))
+            mean.value += self.momentum * (batch_mean - mean.value)
+            var.value += self.momentum * (unbiased - var.value)
+        return y.astype(self.dtype)
+
+
+Channels = Float[Array, " C"]
+
+
+@jax.custom_vjp
+def normalize_batch(
+    x: Float[Array, "*batch C"], scale: Channels, bias: Channels, epsilon: float
+) -> tuple[Float[Array, "*batch C"], Channels, Channels]:
+    """(x normalised over the batch, mean, biased variance); no gradient through the last two.
+
+    The gradient by hand takes two sums in one pass and keeps only x; the traced one keeps more
+    arrays of x's size and passes over them more often.
+    """
+    return _normalize_forward(x, scale, bias, epsilon)[0]
+
+
+def _normalize_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple:
+    wide, axes = _wide(x), tuple(range(x.ndim - 1))
+    mean = wide.mean(axes)
+    var = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0)
+    inverse = lax.rsqrt(var + epsilon)
+    y = ((wide - mean) * (scale * inverse) + bias).astype(x.dtype)
+    return (y, mean, var), (x, scale, mean, inverse)
+
+
+def _normalize_backward(saved: tuple, cotangents: tuple) -> tuple:
+    x, scale, mean, inverse = saved
+    grad, centred = _wide(cotangents[0]), _wide(x) - mean
+    axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
+    grad_bias = grad.sum(axes)
+    grad_scale = (grad * centred).sum(axes) * inverse
+    factor = scale * inverse
+    grad_x = (grad - grad_bias / count - centred * (inverse * grad_scale / count)) * factor
+    return grad_x.astype(x.dtype), grad_scale, grad_bias, None
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+normalize_batch.defvjp(_normalize_forward, _normalize_backward)
 
 
 class Conv3D(nn.Module):
