@@ -12,6 +12,7 @@ import pytest
 from hirescam_jax.models import AxialNet, Conv3DNet
 from hirescam_jax.models.axialnet import stack_slices
 from hirescam_jax.models.layers import (
+    conv2d_input_gradient,
     conv3d,
     conv3d_by_planes,
     conv3d_direct,
@@ -247,6 +248,28 @@ def test_training_mode_and_running_statistics_are_torchs(torch):
         np.testing.assert_allclose(running["var"], layer.running_var, rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(4, 5), (8, 8), (7, 10)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 2), (7, 2)])
+@pytest.mark.parametrize("padding", [0, 1, "half"])
+def test_the_input_gradient_by_one_product_is_xlas(size, kernel, stride, padding):
+    pad = kernel // 2 if padding == "half" else padding
+    if min(size) + 2 * pad < kernel:
+        pytest.skip("the kernel does not fit")
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, *size, 3)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(kernel, kernel, 3, 4)), jnp.float32)
+    strides, pads = (stride, stride), ((pad, pad), (pad, pad))
+
+    def convolve(x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=numbers)
+
+    y, gradient = jax.vjp(convolve, x)
+    grad = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    found = conv2d_input_gradient(x.shape, w, grad, strides, pads)
+    np.testing.assert_allclose(found, gradient(grad)[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("offset", [0.0, 10.0])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.02)])
 def test_the_gradient_of_batch_normalisation_is_the_traced_one(dtype, tolerance, offset):
@@ -272,7 +295,7 @@ def test_the_gradient_of_batch_normalisation_is_the_traced_one(dtype, tolerance,
         exact = [jnp.asarray(np.asarray(a, np.float64)) for a in (x, scale, bias)]
         (*wanted, wanted_y) = jax.tree.leaves(gradients(formula, *exact))
     narrow = (x, *(jnp.asarray(a, jnp.float32) for a in (scale, bias)))
-    found = gradients(lambda *a: normalize_batch(*a, epsilon)[0].astype(jnp.float32), *narrow)
+    found = gradients(lambda *a: normalize_batch(*a)[0].astype(jnp.float32), *narrow)
     for got, want in zip(jax.tree.leaves(found), (*wanted, wanted_y), strict=True):
         want = np.asarray(want)
         error = np.abs(np.asarray(got, np.float64) - want).max()
