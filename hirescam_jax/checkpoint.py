@@ -6,8 +6,10 @@ tensorboard/     the same for TensorBoard
 checkpoints/     the latest one and the best one (lowest validation loss), by step
 """
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,8 +133,9 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.checkpointer.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        with contextlib.suppress(UserError) if kind else contextlib.nullcontext(), self._writing():
+            self.checkpointer.close()
 
     def restore(self, state: Any) -> Any:
         """The latest checkpoint, in the shardings of `state`; without one `state` itself."""
@@ -145,13 +148,22 @@ class Saver:
         return state.replace(**loaded["variables"], **loaded["progress"])
 
     def save(self, step: int, state: Any, val_loss: float) -> None:
-        """Starts to write; waits only for the write before this one."""
-        try:
+        """Starts to write; waits only for the write before this one, and raises its UserError."""
+        with self._writing():
             self.checkpointer.save_checkpointables_async(
                 step, _parts(state), force=True, metrics={"val_loss": float(val_loss)}
             )
-        except OSError as error:
-            raise UserError(f"{self.run_dir}: cannot save step {step} ({error})") from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore says ValueError for a full disk
+            reason = "No space left on device" if "No space left" in str(error) else error
+            raise UserError(
+                f"{self.run_dir}: a checkpoint cannot be written ({reason}): free some space and "
+                "continue with --resume; earlier checkpoints are whole"
+            ) from error
 
     def stale_epochs(self, epoch_steps: int) -> int:
         """Epochs since the lowest validation loss."""

@@ -1,7 +1,9 @@
 """What a long task says: a progress bar or plain lines, JSON lines, TensorBoard."""
 
+import contextlib
 import json
 import math
+import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -9,10 +11,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from hirescam_jax.errors import UserError
+from hirescam_jax.files import atomic_file
+
+events: Any = event_pb2  # its classes are made at run time
 
 T = TypeVar("T")
 
@@ -50,17 +57,28 @@ class Log:
         path = run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) < start_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        if kept != lines:
+            with atomic_file(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept))
         self.file = path.open("a", buffering=1)
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
+        # The plain writer: SummaryWriter's threads cannot report a full disk.
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        (run_dir / "tensorboard").mkdir(exist_ok=True)
+        self.board = RecordWriter(str(run_dir / "tensorboard" / name))
+        self._event(0, file_version="brain.Event:2")
+        start = events.SessionLog(status=events.SessionLog.START)  # hides what is run again
+        self._event(start_step, session_log=start)
 
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.active:
-            self.file.close()
-            self.board.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if not self.active:
+            return
+        for file in (self.file, self.board):
+            quiet = contextlib.suppress(UserError) if kind else contextlib.nullcontext()
+            with quiet, self._writing():
+                file.close()
 
     def step(self, step: int, pending: Any, metrics: Any) -> Any:
         """Writes the metrics of the step before `step`; returns this step's for the next call.
@@ -92,9 +110,26 @@ class Log:
         if not self.active:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(f"{split}/{name}", value, step)
+        with self._writing():
+            self.file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
+            for name, value in values.items():
+                self._event(step, summary=scalar(f"{split}/{name}", value))
+            if split == "val":
+                self.board.flush()
+
+    def _event(self, step: int, **what: Any) -> None:
+        event = events.Event(wall_time=time.time(), step=step, **what)
+        self.board.write(event.SerializeToString())
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.file.name}: cannot be written ({error.strerror or error}): free some space "
+                "and continue with --resume"
+            ) from error
 
 
 def _step_of(line: str) -> float:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tensorboardX.proto import event_pb2
 
 from hirescam_jax import checkpoint
 from hirescam_jax.checkpoint import load_run
@@ -315,6 +317,16 @@ def run_training(config: Config, run: Path, size: int = 5, shift: float = 0.0, *
     return train(config, run, sources=(Cases(size), Cases(3, seed=1, shift=shift)), **options)
 
 
+def events_of(path: Path) -> list:
+    """The records of a TensorBoard file: length, its checksum, data, its checksum."""
+    data, events = path.read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return events
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "whole"
@@ -344,7 +356,6 @@ def test_run_folder_holds_all(trained):
         "run.json",
         "tensorboard",
     ]
-    assert list((trained.path / "tensorboard").iterdir())
     assert (trained.labels, trained.shape, trained.spacing_mm) == (
         Cases.labels,
         SHAPE,
@@ -365,6 +376,13 @@ def test_run_folder_holds_all(trained):
     ]
     for _, _, loss, class_loss, mask_loss in lines:
         assert loss == pytest.approx(class_loss + mask_loss / 3, rel=1e-5)
+    (board,) = (trained.path / "tensorboard").iterdir()
+    assert [(step, split, loss) for step, split, loss, *_ in lines] == [
+        (event.step, value.tag.split("/")[0], pytest.approx(value.simple_value))
+        for event in events_of(board)
+        for value in event.summary.value
+        if value.tag.endswith("/loss")
+    ]
 
 
 def test_run_predicts_what_its_validation_saw(trained):
@@ -414,6 +432,40 @@ def test_divergence_stops_the_training_and_keeps_the_last_checkpoint(trained, tm
     kept = load_run(run, "latest")
     assert kept.step == good.step
     jax.tree.map(np.testing.assert_array_equal, kept.variables, good.variables)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB; only root may make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no small file system can be mounted here: {error}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("left", "what"), [(0, "metrics.jsonl"), (40960, "a checkpoint")])
+def test_a_disk_that_fills_keeps_the_last_checkpoint(trained, small_disk, left, what):
+    run, filler = small_disk / "run", small_disk / "filler"
+    good = run_training(config_of(epochs=1), run)
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
+    with pytest.raises(UserError, match=rf"{what}.*No space left on device\).* --resume"):
+        run_training(config_of(), run, resume=True)
+    kept = load_run(run, "latest")
+    assert kept.step == good.step
+    jax.tree.map(np.testing.assert_array_equal, kept.variables, good.variables)
+    filler.unlink()
+    run_training(config_of(), run, resume=True)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_run(run, "latest").variables,
+        load_run(trained.path, "latest").variables,
+    )
 
 
 # -- bad runs -------------------------------------------------------------------------------------
