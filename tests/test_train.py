@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -435,10 +436,9 @@ def test_divergence_stops_the_training_and_keeps_the_last_checkpoint(trained, tm
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk():
     """A file system of 4 MiB; only root may make one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp())  # pytest cannot clear its folders if a mount is left there
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
     try:
         subprocess.run(mount, check=True, capture_output=True)
@@ -446,6 +446,7 @@ def small_disk(tmp_path):
         pytest.skip(f"no small file system can be mounted here: {error}")
     yield folder
     subprocess.run(["umount", folder], check=True)
+    folder.rmdir()
 
 
 @pytest.mark.slow
