@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -149,10 +149,170 @@ def phantom(
     export(out, PhantomConfig(shape=shape, seed=seed), split, size)
 
 
-COMMANDS = {"demo": demo, "evaluate": evaluate, "explain": explain, "phantom": phantom}
+def prepare(
+    kind: tyro.conf.Positional[Literal["rad-chestct", "ct-rate", "nifti", "dicom", "medmnist"]],
+    path: tyro.conf.Positional[Path],
+    out: Path,
+    regions: str = "auto",
+    region_map: Path | None = None,
+    region_suffix: str = "",
+    spacing: tuple[float, float, float] = (0.8, 0.8, 0.8),
+    shape: tuple[int, int, int] = (405, 420, 420),
+    split_seed: int = 0,
+    split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    shards: int = 0,
+    shard: str = "",
+    workers: int | None = None,
+    worker_gib: float = 8.0,
+    strict: bool = False,
+    overwrite: bool = False,
+    table: Path | None = None,
+    label_regions: Path | None = None,
+    tables: Path | None = None,
+    selection: Literal["all", "counts", "paper"] | None = None,
+    crop_lungs: bool = False,
+    tree: Literal["plain", "fixed"] | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> None:
+    """Turn volumes and their labels into a store for training. Repeat the command to continue
+    after an interruption. Exit code 1: some volumes were left out, see rejects.csv.
+
+    Args:
+        kind: of data set or file.
+        path: its folder (medmnist: the .npz file).
+        out: folder of the store.
+        regions: "auto" (found in the CT) or a folder of label maps, TotalSegmentator's by default.
+        region_map: JSON, region -> TotalSegmentator classes, or -> ids of any label map.
+        region_suffix: of the label maps, between id and .nii.gz.
+        spacing: of the grid in mm, head to foot, front to back, right to left.
+        shape: of the grid.
+        split_seed: of the split by patients, where the data set has none.
+        split_fractions: of train, val and test.
+        shards: files a split; one for 32 volumes if 0.
+        shard: "i/n" prepares part i of n, from 0, as one job of an array; the last one joins.
+        workers: processes, one a core by default; 0 works in this one.
+        worker_gib: memory that a process may use.
+        strict: stop at the first volume that cannot be prepared.
+        overwrite: replace what is in `out`.
+        table: nifti, dicom: the CSV table of labels.
+        label_regions: nifti, dicom, ct-rate: JSON, label -> regions in which it is found.
+        tables: rad-chestct: folder of the CSV files, if it is another.
+        selection: rad-chestct: all labels, the paper's 80, or by its minimum counts.
+        crop_lungs: rad-chestct: keep the box around the lungs only.
+        tree: ct-rate: which of its trees.
+        classes: medmnist: names of its classes.
+    """
+    import inspect
+
+    from hirescam_jax.data.prepare import prepare as run_prepare
+    from hirescam_jax.data.readers import READERS
+
+    options = {
+        "table": table,
+        "label_regions": _json(label_regions) if label_regions else None,
+        "tables": tables,
+        "selection": selection,
+        "crop_lungs": crop_lungs or None,
+        "tree": tree,
+        "classes": classes,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in inspect.signature(READERS[kind]).parameters:
+            raise UserError(f"--{name.replace('_', '-')}: {kind} has no such option")
+    reader = READERS[kind](path, **given)
+    result = run_prepare(
+        reader,
+        _region_source(reader.regions, regions, region_map, region_suffix),
+        out,
+        spacing_mm=spacing,
+        shape=shape,
+        split_seed=split_seed,
+        split_fractions=split_fractions,
+        shards=shards,
+        shard=_part(shard) if shard else None,
+        workers=workers,
+        worker_gib=worker_gib,
+        strict=strict,
+        overwrite=overwrite,
+    )
+    counts = ", ".join(f"{count} {split}" for split, count in result.counts.items())
+    print(f"{out}: {counts}; {result.fallbacks} of them with coarse organ masks")
+    if not result.whole:
+        print("other parts are still to be prepared; the last one makes the store whole")
+    if result.rejects:
+        first = result.rejects[0]
+        where = f"see {out / 'rejects.csv'}" if result.whole else f"{first.id}: {first.reason}"
+        print(f"{PROGRAM}: {len(result.rejects)} left out: {where}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _part(text: str) -> tuple[int, int]:
+    try:
+        number, count = map(int, text.split("/"))
+    except ValueError as error:
+        raise UserError(f"--shard {text}: give i/n, such as 0/8") from error
+    return number, count
+
+
+def _json(path: Path) -> Any:
+    """A JSON file of names -> lists."""
+    import json
+
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
+        raise UserError(f'{path}: give {{"name": ["...", "..."], ...}}')
+    return content
+
+
+def _region_source(names: Sequence[str], regions: str, region_map: Path | None, suffix: str) -> Any:
+    """What gives the masks of the regions `names`."""
+    from hirescam_jax.data import region_sources as sources
+
+    if regions == "auto":
+        if region_map or suffix:
+            raise UserError("--region-map and --region-suffix need --regions FOLDER")
+        return sources.AutoRegions(names)
+    if region_map is None:
+        return sources.TotalSegmentatorRegions(regions, suffix=suffix, regions=names)
+    mapping = _json(region_map)
+    numbers = all(isinstance(item, int) for items in mapping.values() for item in items)
+    kind = sources.LabelMapRegions if numbers else sources.TotalSegmentatorRegions
+    return kind(regions, mapping, suffix, regions=names)
+
+
+def inspect(store: tyro.conf.Positional[Path], out: Path | None = None) -> None:
+    """Summarise a store: counts, labels, Hounsfield units, regions; pictures as a page.
+
+    Args:
+        store: folder of the store.
+        out: an HTML file for the summary with pictures of volumes and masks.
+    """
+    from hirescam_jax.data.inspect_store import inspect_store, text, write_page
+
+    summary = inspect_store(store)
+    print(text(summary))
+    if out is not None:
+        write_page(out, store, summary)
+        print(out)
+
+
+COMMANDS = {
+    "demo": demo,
+    "evaluate": evaluate,
+    "explain": explain,
+    "inspect": inspect,
+    "phantom": phantom,
+    "prepare": prepare,
+}
 USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
   demo       train on phantom CTs without and with the mask loss, and compare (4 minutes)
+  prepare    turn CT volumes and labels into a store for training
+  inspect    summarise a store
   train      train a model from a config
   evaluate   measure a run: AUROC, average precision, OrganIoU
   explain    explain CT volumes (NIfTI) with a run
@@ -162,7 +322,8 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 2 bad input (one line says what), 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 done but for some volumes, 2 bad input (one line
+    says what), 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name in ("-h", "--help"):
@@ -193,5 +354,5 @@ def _quiet() -> None:
     """Other libraries' chatter is not for the user of a command."""
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what Orbax logs in full it raises too
     warnings.filterwarnings("ignore")

@@ -20,6 +20,7 @@ import flax.linen as nn
 from beartype.door import is_bearable
 
 from hirescam_jax.data.phantom import PhantomConfig
+from hirescam_jax.data.regions import Method
 from hirescam_jax.errors import UserError
 from hirescam_jax.models import AxialNet, Conv3DNet
 from hirescam_jax.preprocess import Preprocess
@@ -36,10 +37,16 @@ class PhantomData:
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderData:
-    """A folder of prepared volumes (`hirescam_jax.data.folder`)."""
+class StoreData:
+    """A store that `hirescam prepare` wrote (`hirescam_jax.data.store`).
+
+    mask_method: how organ masks come to the feature grid; the paper's choice is "nearest".
+    dilate: grow them there by one cell.
+    """
 
     path: str
+    mask_method: Method = "nearest"
+    dilate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Config:
 
     Attributes:
         model: the network.
-        data: phantom CTs, or a prepared folder.
+        data: phantom CTs, or a prepared store.
         preprocess: window, scale and augmentation, done on the device.
         optimizer: and its learning rate.
         labels: train on these labels only; empty for all labels of the data.
@@ -78,7 +85,7 @@ class Config:
     """
 
     model: AxialNet | Conv3DNet = AxialNet()
-    data: PhantomData | FolderData = PhantomData()
+    data: PhantomData | StoreData = PhantomData()
     preprocess: Preprocess = Preprocess()
     optimizer: SGD | Adam = SGD()
     labels: tuple[str, ...] = ()

@@ -71,7 +71,7 @@ def test_usage_names_every_command(capsys, arguments):
         assert f"\n  {name} " in printed
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "explain", "phantom"])
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "train"])
 def test_help_of_each_command(capsys, command):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])

@@ -11,8 +11,8 @@ from hirescam_jax.config import (
     SGD,
     Adam,
     Config,
-    FolderData,
     PhantomData,
+    StoreData,
     check_types,
     from_json,
     load_config,
@@ -25,7 +25,7 @@ from hirescam_jax.models import AxialNet, Conv3DNet
 from hirescam_jax.preprocess import Preprocess
 
 IMPORTS = """
-from hirescam_jax.config import Config, SGD, Adam, PhantomData, FolderData
+from hirescam_jax.config import Config, SGD, Adam, PhantomData, StoreData
 from hirescam_jax.data.phantom import PhantomConfig
 from hirescam_jax.models import AxialNet, Conv3DNet
 from hirescam_jax.preprocess import Preprocess
@@ -43,7 +43,7 @@ CONFIGS = {
     ),
     "other_members": Config(
         model=Conv3DNet(widths=(8,), narrow=(), hidden=(4,), dtype="bfloat16"),
-        data=FolderData(path="some/folder"),
+        data=StoreData(path="some/folder"),
         optimizer=SGD(momentum=0.5),
         batch_size=4,
         seed=3,
@@ -122,7 +122,7 @@ MISSPELT = {
     "Config(model=Conv3DNet(dropuot=0.1))": ("dropuot", "dropout"),
     "Config(data=PhantomData(trian_size=4))": ("trian_size", "train_size"),
     "Config(data=PhantomData(phantom=PhantomConfig(shpae=(1, 2, 3))))": ("shpae", "shape"),
-    "Config(data=FolderData(pth='x'))": ("pth", "path"),
+    "Config(data=StoreData(pth='x'))": ("pth", "path"),
     "Config(optimizer=SGD(momemtum=0.9))": ("momemtum", "momentum"),
     "Config(preprocess=Preprocess(hu_mni=-1000))": ("hu_mni", "hu_min"),
 }
@@ -134,7 +134,7 @@ ILL_TYPED = {
     "Config(labels='nodule')": "config.labels must be ",
     "Config(labels=['nodule'])": "config.labels must be ",
     "Config(model=3)": "config.model must be AxialNet or Conv3DNet, got 3",
-    "Config(data=Preprocess())": "config.data must be PhantomData or FolderData, got Preprocess(",
+    "Config(data=Preprocess())": "config.data must be PhantomData or StoreData, got Preprocess(",
     "Config(optimizer=SGD)": "config.optimizer must be SGD or Adam, got ",
     "Config(optimizer=SGD(learning_rate='1e-3'))": "config.optimizer.learning_rate must be float",
     "Config(model=AxialNet(widths=(64, '128')))": "config.model.widths must be ",
@@ -155,13 +155,13 @@ BAD_JSON = {
         1,
     ),
     "config.model.type must be one of AxialNet, Conv3DNet": (["model", "type"], "ResNet"),
-    "config.data.type must be one of PhantomData, FolderData": (["data", "type"], "Folder"),
+    "config.data.type must be one of PhantomData, StoreData": (["data", "type"], "Folder"),
     "config.epochs must be int, got 'three'": (["epochs"], "three"),
     "config.model.widths must be ": (["model", "widths"], [4, "x"]),
     "config.optimizer must be SGD or Adam, got 3": (["optimizer"], 3),
     "config.model must be AxialNet or Conv3DNet, got None": (["model"], None),
     "config.model must be AxialNet or Conv3DNet, got (1,)": (["model"], [1]),
-    "config.data": (["data"], {"type": "FolderData"}),
+    "config.data": (["data"], {"type": "StoreData"}),
 }
 SCRIPT = """
 import json, sys

@@ -1,8 +1,7 @@
-"""The pipeline's order, the prepared folder, and masks on the feature grid."""
+"""The pipeline's order, and masks on the feature grid."""
 
 import dataclasses
 import itertools
-import json
 import math
 import subprocess
 import sys
@@ -11,8 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from hirescam_jax.config import FolderData, PhantomData
-from hirescam_jax.data.folder import Folder, write_folder
+from hirescam_jax.config import PhantomData
 from hirescam_jax.data.phantom import Phantom, PhantomConfig
 from hirescam_jax.data.pipeline import InMemory, eval_batches, open_split, train_batches
 from hirescam_jax.data.regions import to_feature_grid
@@ -191,208 +189,6 @@ def test_in_memory_is_the_source_itself():
     assert (kept.shape, kept.spacing_mm) == (source.shape, source.spacing_mm)
     for i in range(4):
         jax.tree.map(np.testing.assert_array_equal, kept[i], source[i])
-
-
-# -- prepared folder ------------------------------------------------------------------------------
-
-LABELS, REGIONS, SHAPE = ("nodule", "edema", "stent"), ("lung", "heart"), (4, 6, 6)
-
-
-def cases(count: int):
-    for i in range(count):
-        rng = np.random.default_rng(i)
-        yield (
-            f"case_{i}",
-            rng.integers(-1024, 3071, SHAPE).astype(np.int16),
-            (rng.random((3, 2)) < 0.5).astype(np.uint8),
-            rng.random((2, *SHAPE)) < 0.5,
-        )
-
-
-@pytest.fixture
-def folder(tmp_path):
-    whole = list(cases(5))
-    write_folder(
-        tmp_path / "prepared",
-        labels=LABELS,
-        regions=REGIONS,
-        shape=SHAPE,
-        spacing_mm=(2.5, 1.5, 1.25),
-        splits={"train": whole[:3], "val": whole[3:4], "test": whole[4:]},
-    )
-    return tmp_path / "prepared"
-
-
-def test_folder_there_and_back(folder):
-    source = open_split(FolderData(str(folder)), "train", GRID)
-    assert len(source) == 3
-    assert (source.labels, source.regions) == (LABELS, REGIONS)
-    assert (source.shape, source.spacing_mm) == (SHAPE, (2.5, 1.5, 1.25))
-    for i, (_, volume, findings, masks) in enumerate(cases(3)):
-        item = source[np.int64(i)]
-        np.testing.assert_array_equal(item["volume"], volume)
-        np.testing.assert_array_equal(item["findings"], findings)
-        np.testing.assert_array_equal(item["regions"], masks[:, ::2, ::2, ::2])
-        assert item["index"] == i
-        kinds = {name: array.dtype.name for name, array in item.items()}
-        assert kinds == {
-            "volume": "int16",
-            "findings": "uint8",
-            "regions": "uint8",
-            "index": "int32",
-        }
-    assert [len(Folder(folder, s, GRID)) for s in ("val", "test")] == [1, 1]
-    np.testing.assert_array_equal(Folder(folder, "test", GRID)[0]["volume"], list(cases(5))[4][1])
-
-
-def test_folder_feeds_the_pipeline(folder):
-    batches = list(eval_batches(Folder(folder, "train", GRID), 2))
-    assert indices(batches) == [[0, 1], [2, 0]]
-    assert batches[0]["volume"].shape == (2, *SHAPE)
-
-
-def test_folder_that_exists_is_not_overwritten(folder):
-    before = sorted(p.name for p in folder.iterdir())
-    with pytest.raises(UserError, match="exists"):
-        write_folder(
-            folder, labels=(), regions=(), shape=SHAPE, spacing_mm=(1.0, 1.0, 1.0), splits={}
-        )
-    assert sorted(p.name for p in folder.iterdir()) == before
-
-
-def test_folder_that_was_interrupted_does_not_read_as_whole(tmp_path):
-    def broken():
-        yield from cases(1)
-        raise RuntimeError("power cut")
-
-    with pytest.raises(RuntimeError, match="power cut"):
-        write_folder(
-            tmp_path / "half",
-            labels=LABELS,
-            regions=REGIONS,
-            shape=SHAPE,
-            spacing_mm=(1.0, 1.0, 1.0),
-            splits={"train": broken()},
-        )
-    with pytest.raises(UserError, match="no prepared folder"):
-        Folder(tmp_path / "half", "train", GRID)
-
-
-def rewrite(folder, **changes):
-    path = folder / "case_1.npz"
-    with np.load(path) as file:
-        arrays = dict(file)
-    arrays.update(changes)
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
-
-
-def damage_missing(folder):
-    (folder / "case_1.npz").unlink()
-
-
-def damage_empty(folder):
-    (folder / "case_1.npz").write_bytes(b"")
-
-
-def damage_text(folder):
-    (folder / "case_1.npz").write_text("no zip at all")
-
-
-def damage_truncated(folder):
-    path = folder / "case_1.npz"
-    path.write_bytes(path.read_bytes()[:-200])
-
-
-def damage_flipped_bytes(folder):
-    path = folder / "case_1.npz"
-    data = bytearray(path.read_bytes())
-    for i in range(150, 400):
-        data[i] ^= 0x5A
-    path.write_bytes(bytes(data))
-
-
-def damage_pickled(folder):
-    rewrite(folder, volume=np.array([{"a": 1}], dtype=object))
-
-
-def damage_volume_shape(folder):
-    rewrite(folder, volume=np.zeros((4, 6, 5), np.int16))
-
-
-def damage_regions_shape(folder):
-    rewrite(folder, regions=np.zeros((1, *SHAPE), np.uint8))
-
-
-def damage_findings_shape(folder):
-    rewrite(folder, findings=np.zeros((3, 3), np.uint8))
-
-
-def damage_no_findings(folder):
-    rewrite(folder, findings=None)
-
-
-def damage_plain_npy(folder):
-    with (folder / "case_1.npz").open("wb") as file:
-        np.save(file, np.zeros(SHAPE, np.int16))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (damage_missing, "listed in dataset.json but missing"),
-        (damage_empty, "not a readable .npz"),
-        (damage_text, "not a readable .npz"),
-        (damage_truncated, "not a readable .npz"),
-        (damage_flipped_bytes, "not a readable .npz"),
-        (damage_pickled, "not a readable .npz"),
-        (damage_plain_npy, "not a readable .npz"),
-        (damage_volume_shape, "volume has shape (4, 6, 5), not (4, 6, 6)"),
-        (damage_regions_shape, "regions has shape (1, 4, 6, 6), not (2, 4, 6, 6)"),
-        (damage_findings_shape, "findings has shape (3, 3), not (3, 2)"),
-        (damage_no_findings, "no array"),
-    ],
-)
-def test_damaged_volumes(folder, damage, message):
-    damage(folder)
-    source = Folder(folder, "train", GRID)
-    assert source[0]["index"] == 0
-    with pytest.raises(UserError) as caught:
-        source[1]
-    assert str(folder / "case_1.npz") in str(caught.value)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format": 2}, "format 2, this version reads 1"),
-        ({"format": None}, "format None, this version reads 1"),
-        ({"labels": None}, "no field labels"),
-        ({"splits": {"train": []}}, "split 'train' is missing or empty"),
-        ({"splits": {"val": ["case_1"]}}, "split 'train' is missing or empty"),
-    ],
-)
-def test_bad_headers(folder, change, message):
-    path = folder / "dataset.json"
-    header = {**json.loads(path.read_text()), **change}
-    path.write_text(json.dumps({k: v for k, v in header.items() if v is not None}))
-    with pytest.raises(UserError) as caught:
-        Folder(folder, "train", GRID)
-    assert str(path) in str(caught.value)
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format": 1, "splits": 3}'])
-def test_header_that_is_no_header(folder, text):
-    (folder / "dataset.json").write_text(text)
-    with pytest.raises(UserError, match=r"dataset\.json"):
-        Folder(folder, "train", GRID)
-
-
-def test_no_folder(tmp_path):
-    with pytest.raises(UserError, match="no prepared folder"):
-        Folder(tmp_path / "none", "train", GRID)
 
 
 # -- masks on the feature grid --------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""Data: volumes, organ regions, the phantom, prepared folders, and the Grain pipeline."""
+"""Data: volumes, organ regions, the phantom, readers, the store, and the Grain pipeline."""

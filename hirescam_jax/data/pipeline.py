@@ -4,16 +4,16 @@ What a training batch holds is a pure function of (seed, step): a resumed run, a
 number of processes, continues with exactly the volumes that an uninterrupted one would have seen.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
 import numpy as np
 
-from hirescam_jax.config import FolderData, PhantomData, nearest
-from hirescam_jax.data.folder import Folder
+from hirescam_jax.config import PhantomData, StoreData, nearest
 from hirescam_jax.data.phantom import Phantom
+from hirescam_jax.data.store import Store
 from hirescam_jax.errors import UserError
 
 # Stands for "without end": Grain cannot cut its own endless repetition into batches of one.
@@ -45,7 +45,7 @@ class Source(Protocol):
 
 
 def open_split(
-    data: PhantomData | FolderData,
+    data: PhantomData | StoreData,
     split: str,
     grid: tuple[int, int, int],
     labels: tuple[str, ...] = (),
@@ -64,7 +64,7 @@ def open_split(
         except ValueError as error:
             raise UserError(f"config.data: {error}") from error
     else:
-        source = Folder(data.path, split, grid)
+        source = Store(data.path, split, grid, data.mask_method, data.dilate)
     return ChosenLabels(source, labels) if labels else source
 
 
@@ -119,7 +119,7 @@ def train_batches(
     """
     processes = jax.process_count()
     endless = grain.MapDataset.source(source).seed(seed).shuffle().repeat(EPOCHS)  # type: ignore
-    mine = endless[jax.process_index() :: processes].batch(batch_size // processes)
+    mine = endless[jax.process_index() :: processes].batch(batch_size // processes, batch_fn=_stack)
     return iter(_read(mine[start_step:], workers))
 
 
@@ -131,8 +131,15 @@ def eval_batches(source: Source, batch_size: int, *, workers: int = 0) -> Iterat
         real = i < len(source)
         return {**source[i if real else 0], "weight": np.float32(real)}
 
-    dataset = grain.MapDataset.range(padded).map(item).batch(batch_size)
+    dataset = grain.MapDataset.range(padded).map(item).batch(batch_size, batch_fn=_stack)
     return iter(_read(dataset, workers))
+
+
+def _stack(items: Sequence[Batch]) -> Batch:
+    """One array of each field; a batch of one is a view, since a volume takes a while to copy."""
+    if len(items) == 1:
+        return {name: np.asarray(value)[None] for name, value in items[0].items()}
+    return {name: np.stack([item[name] for item in items]) for name in items[0]}
 
 
 def _read(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:

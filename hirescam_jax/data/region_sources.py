@@ -7,7 +7,7 @@ the volume's own grid. Sources are small and picklable: worker processes call th
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Shaped, UInt8
@@ -58,6 +58,7 @@ class RegionMasks:
     fallback: bool = False
 
 
+@runtime_checkable
 class RegionSource(Protocol):
     """Gives the masks of its `regions`; UserError for a study whose masks cannot be used."""
 

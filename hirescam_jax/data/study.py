@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -41,6 +41,7 @@ class Reject:
     reason: str
 
 
+@runtime_checkable
 class Reader(Protocol):
     """A data set in its published layout. Readers are small and picklable: worker processes call
     `read`. Opening one raises UserError for a missing folder or table; what is wrong with single
