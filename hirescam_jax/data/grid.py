@@ -138,6 +138,9 @@ def _sample(
     outside: float,
 ) -> np.ndarray:
     """values at matrix @ index + offset for every index of `shape`; see `resample`."""
+    filled = np.count_nonzero(matrix, axis=0) == 1
+    if filled.all() and (np.count_nonzero(matrix, axis=1) == 1).all():
+        return _sample_aligned(values, matrix, offset, shape, outside)
     out = ndimage.affine_transform(
         values,
         matrix,
@@ -158,3 +161,45 @@ def _sample(
             inside = inside & (position <= size - 0.5 + BORDER_TOLERANCE)
         np.copyto(slab, np.float32(outside), where=~inside)
     return out
+
+
+def _sample_aligned(
+    values: np.ndarray,
+    matrix: np.ndarray,
+    offset: np.ndarray,
+    shape: tuple[int, ...],
+    outside: float,
+) -> np.ndarray:
+    """`_sample` where each axis of the values runs along one of the grid: axis by axis."""
+    order = [int(np.flatnonzero(matrix[:, axis])[0]) for axis in range(3)]
+    values = values.transpose(order)
+    lows, weights, outer = [], [], []
+    for axis, (row, size) in enumerate(zip(order, shape, strict=True)):
+        last = values.shape[axis] - 1
+        position = offset[row] + matrix[row, axis] * np.arange(size)
+        edge = 0.5 + BORDER_TOLERANCE
+        outer.append((position < -edge) | (position > last + edge))
+        position = np.clip(position, 0, last)
+        lows.append(np.minimum(position.astype(np.intp), max(last - 1, 0)))
+        weights.append((position - lows[-1]).astype(np.float32))
+    out = np.empty(shape, np.float32)
+    slabs = 8  # slices at a time stay in the cache
+    for start in range(0, shape[0], slabs):
+        slab, part = values, slice(start, start + slabs)
+        for axis in range(3):
+            here = part if axis == 0 else slice(None)
+            slab = _blend(slab, lows[axis][here], weights[axis][here], axis)
+        out[part] = slab
+    for axis, beyond in enumerate(outer):
+        np.moveaxis(out, axis, 0)[beyond] = outside
+    return out
+
+
+def _blend(values: np.ndarray, low: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray:
+    """(1 - weight) * values[low] + weight * values[low + 1] along an axis, float32."""
+    first = values.take(low, axis).astype(np.float32, copy=False)
+    if weight.any():
+        step = values.take(low + 1, axis) - first
+        step *= weight.reshape([-1 if a == axis else 1 for a in range(3)])
+        first += step
+    return first
