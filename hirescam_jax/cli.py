@@ -300,11 +300,37 @@ def inspect(store: tyro.conf.Positional[Path], out: Path | None = None) -> None:
         print(out)
 
 
+def lesions(
+    cts: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path,
+    copies: int = 20,
+    seed: int = 0,
+    patient: Literal["copy", "ct"] = "copy",
+    chance: float = 0.4,
+) -> None:
+    """Write copies of real CTs with synthetic lesions of known place: a check of a whole pipeline.
+
+    Args:
+        cts: chest CTs (NIfTI, Hounsfield units), or folders of them.
+        out: a new folder, which `hirescam prepare nifti` reads; README.txt in it tells how.
+        copies: of each CT.
+        seed: another seed is another data set.
+        patient: "copy" spreads the copies of a CT over train, val and test; "ct" keeps them
+            together, which needs three CTs or more.
+        chance: of each kind of lesion in each copy.
+    """
+    from hirescam_jax.data.lesions import make_lesion_folder
+
+    make_lesion_folder(out, cts, copies=copies, seed=seed, patient=patient, chance=chance)
+    print(out)
+
+
 COMMANDS = {
     "demo": demo,
     "evaluate": evaluate,
     "explain": explain,
     "inspect": inspect,
+    "lesions": lesions,
     "phantom": phantom,
     "prepare": prepare,
 }
@@ -317,6 +343,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
   evaluate   measure a run: AUROC, average precision, OrganIoU
   explain    explain CT volumes (NIfTI) with a run
   phantom    write phantom CTs as NIfTI
+  lesions    write copies of real CTs with synthetic lesions, to check a pipeline
 
 {PROGRAM} COMMAND --help tells the options of one."""
 
