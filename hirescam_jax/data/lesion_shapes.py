@@ -100,7 +100,7 @@ def nodule(scan: Scan, rng: np.random.Generator) -> Painted | None:
 
 def ground_glass(scan: Scan, rng: np.random.Generator) -> Painted | None:
     """Hazy patches in which vessels stay visible; size: extent in mm."""
-    extent = rng.uniform(35, 65)
+    extent = rng.uniform(35, 70)
     place = _place(scan, rng, 16.0, 6.0, airy=True)
     if place is None:
         return None
@@ -112,7 +112,7 @@ def ground_glass(scan: Scan, rng: np.random.Generator) -> Painted | None:
 
 def consolidation(scan: Scan, rng: np.random.Generator) -> Painted | None:
     """Airless lung with a frayed edge and open bronchi; it may reach the pleura. Size: extent."""
-    extent = rng.uniform(32, 65)
+    extent = rng.uniform(40, 80)
     place = _place(scan, rng, 12.0, 6.0, airy=True)
     if place is None:
         return None

@@ -44,6 +44,14 @@ LESIONS: dict[str, tuple[str, ...]] = {
     "calcification": CHEST_REGIONS[2:],
 }
 LABELS = tuple(LESIONS)
+# How many there are in an organ that has them: from, to.
+COUNTS = {
+    "nodule": (1, 4),
+    "ground_glass": (2, 4),
+    "consolidation": (1, 2),
+    "pleural_effusion": (1, 1),
+    "calcification": (2, 4),
+}
 
 README = """Real CTs with synthetic lesions, made by `hirescam lesions`.
 
@@ -91,7 +99,7 @@ class LesionSet:
 
     volume: int16 Hounsfield units on the grid of the input.
     regions: the names of the organs, in the order of `findings`.
-    findings: [K, R] over LABELS and `regions`: 1 where a lesion was placed.
+    findings: [K, R] over LABELS and `regions`: 1 where one or more were placed.
     lesion_map: 1 + number of the label where at least half of a voxel is lesion, else 0.
     lesions: each one, in the order of painting.
     """
@@ -123,8 +131,8 @@ def add_lesions(
         volume: a CT in Hounsfield units, of any orientation and spacing.
         regions: name -> mask on the grid of the volume; the names of LESIONS are used.
         seed: one number or some.
-        findings: [K, R] over LABELS and `regions`, which lesions to place; drawn if None. One
-            that finds no room in its organ is left out, and is 0 in the result.
+        findings: [K, R] over LABELS and `regions`, what to place; drawn if None. What finds no
+            room in its organ is left out, and is 0 in the result.
         chance: of each label, where findings are drawn; of those in a lung a fifth is in both.
 
     Raises:
@@ -151,18 +159,20 @@ def add_lesions(
     for label, paint in PAINTERS.items():
         k = LABELS.index(label)
         for r in np.flatnonzero(wanted[k]):
-            scan = Scan(hu_DHW, axes, masks[names[r]] & ~taken, noise)
-            painted = paint(scan, np.random.default_rng([*seeds, k, int(r)]))
-            if painted is None:
-                continue
-            mask = painted.coverage >= 0.5
-            placed[k, r] = 1
-            map_DHW[painted.box][mask] = 1 + k
-            taken[painted.box] |= painted.coverage > 0
-            index = np.argwhere(mask).mean(0) + [s.start for s in painted.box]
-            x, y, z = (affine[:3, :3] @ index + affine[:3, 3]).tolist()
-            ml = float(mask.sum() * abs(np.linalg.det(axes)) / 1e3)
-            lesions.append(Lesion(label, names[r], (x, y, z), ml, painted.size_mm))
+            rng = np.random.default_rng([*seeds, k, int(r)])
+            for _ in range(rng.integers(*COUNTS[label], endpoint=True)):
+                scan = Scan(hu_DHW, axes, masks[names[r]] & ~taken, noise)
+                painted = paint(scan, rng)
+                if painted is None:
+                    continue
+                mask = painted.coverage >= 0.5
+                placed[k, r] = 1
+                map_DHW[painted.box][mask] = 1 + k
+                taken[painted.box] |= painted.coverage > 0
+                index = np.argwhere(mask).mean(0) + [s.start for s in painted.box]
+                x, y, z = (affine[:3, :3] @ index + affine[:3, 3]).tolist()
+                ml = float(mask.sum() * abs(np.linalg.det(axes)) / 1e3)
+                lesions.append(Lesion(label, names[r], (x, y, z), ml, painted.size_mm))
     back = orientations.ornt_transform(
         orientations.axcodes2ornt(MODEL_AXES), orientations.io_orientation(volume.affine)
     )
