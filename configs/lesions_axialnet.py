@@ -1,4 +1,9 @@
-"""A small AxialNet on real CTs with synthetic lesions: a check of a whole pipeline."""
+"""A small AxialNet on real CTs with synthetic lesions.
+
+    hirescam train configs/lesions_axialnet.py --run runs/lesions --data.path lesions_store
+
+A starting point that has not been tuned: on 84 training volumes it learns them by heart.
+"""
 
 from hirescam_jax.config import Adam, Config, StoreData
 from hirescam_jax.models import AxialNet
