@@ -275,12 +275,15 @@ def _place(
         airy: prefer healthy lung; else the place must be soft tissue.
         low: in the lower two thirds and the front half of the organ, where the heart is.
     """
+    box = _box_of(scan.free)
+    if box is None:
+        return None
     step = np.maximum((COARSE_MM / scan.spacing).astype(int), 1)
-    picked = tuple(slice(None, None, int(s)) for s in step)
+    picked = tuple(slice(b.start, b.stop, int(s)) for b, s in zip(box, step, strict=True))
     size = step * scan.spacing
     depth = ndimage.distance_transform_edt(np.pad(scan.free[picked], 1), size)
     depth = depth[1:-1, 1:-1, 1:-1] - size.max() / 2
-    if not depth.size or depth.max() < least_mm:
+    if depth.max() < least_mm:
         return None
     around = ndimage.gaussian_filter(scan.hu[picked], 4.0 / size)
     good = around < -700 if airy else (around > -40) & (around < 300)
@@ -297,7 +300,7 @@ def _place(
         if room >= least_mm:
             places = np.argwhere(allowed & (depth >= room))
             index = places[rng.integers(len(places))]
-            return index * step, room
+            return index * step + [b.start for b in box], room
     return None
 
 

@@ -81,7 +81,7 @@ class Lesion:
 
     label, region: what and where.
     centre_mm: of its mask, x, y, z in RAS.
-    volume_ml: of its mask.
+    volume_ml: voxels at its edge count by the part that is lesion.
     size_mm: as drawn; nodule: diameter of the ball of its volume, pleural effusion: greatest
         depth from front to back, others: extent.
     """
@@ -171,7 +171,7 @@ def add_lesions(
                 taken[painted.box] |= painted.coverage > 0
                 index = np.argwhere(mask).mean(0) + [s.start for s in painted.box]
                 x, y, z = (affine[:3, :3] @ index + affine[:3, 3]).tolist()
-                ml = float(mask.sum() * abs(np.linalg.det(axes)) / 1e3)
+                ml = float(painted.coverage.sum() * abs(np.linalg.det(axes)) / 1e3)
                 lesions.append(Lesion(label, names[r], (x, y, z), ml, painted.size_mm))
     back = orientations.ornt_transform(
         orientations.axcodes2ornt(MODEL_AXES), orientations.io_orientation(volume.affine)
