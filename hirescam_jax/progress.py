@@ -25,16 +25,24 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], title: str, unit: str) -> Iterator[T]:
-    """Iterates with a bar on a terminal, and with a plain line every ten seconds elsewhere."""
+    """Iterates with a bar on a terminal, and with a plain line every ten seconds elsewhere.
+
+    Where the length of `items` is known both tell how much time is left.
+    """
     if sys.stderr.isatty():
         yield from tqdm(items, desc=title, unit=unit, leave=False, dynamic_ncols=True)
         return
     total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
-    last = time.monotonic()
+    start = last = time.monotonic()
     for count, item in enumerate(items):
-        if time.monotonic() - last > 10:
-            say(f"{title}: {count}{f' of {total}' if total else ''} {unit}s")
-            last = time.monotonic()
+        now = time.monotonic()
+        if now - last > 10:
+            done = f"{title}: {count}"
+            if total:
+                left = tqdm.format_interval((now - start) / max(count, 1) * (total - count))
+                done += f" of {total}"
+            say(f"{done} {unit}s{f', {left} left' if total else ''}")
+            last = now
         yield item
 
 
