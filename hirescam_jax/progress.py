@@ -37,11 +37,11 @@ def progress(items: Iterable[T], title: str, unit: str) -> Iterator[T]:
     for count, item in enumerate(items):
         now = time.monotonic()
         if now - last > 10:
-            done = f"{title}: {count}"
+            done = f"{title}: {count} {unit}s"
             if total:
                 left = tqdm.format_interval((now - start) / max(count, 1) * (total - count))
-                done += f" of {total}"
-            say(f"{done} {unit}s{f', {left} left' if total else ''}")
+                done = f"{title}: {count} of {total} {unit}s, {left} left"
+            say(done)
             last = now
         yield item
 
