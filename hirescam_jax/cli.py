@@ -307,6 +307,7 @@ def lesions(
     seed: int = 0,
     patient: Literal["copy", "ct"] = "copy",
     chance: float = 0.4,
+    workers: int | None = None,
 ) -> None:
     """Write copies of real CTs with synthetic lesions of known place: a check of a whole pipeline.
 
@@ -318,10 +319,13 @@ def lesions(
         patient: "copy" spreads the copies of a CT over train, val and test; "ct" keeps them
             together, which needs three CTs or more.
         chance: of each kind of lesion in each copy.
+        workers: processes, one a core by default; 0 works in this one.
     """
-    from hirescam_jax.data.lesions import make_lesion_folder
+    from hirescam_jax.data.lesion_folder import make_lesion_folder
 
-    make_lesion_folder(out, cts, copies=copies, seed=seed, patient=patient, chance=chance)
+    make_lesion_folder(
+        out, cts, copies=copies, seed=seed, patient=patient, chance=chance, workers=workers
+    )
     print(out)
 
 

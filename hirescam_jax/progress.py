@@ -6,7 +6,7 @@ import math
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,15 +24,17 @@ events: Any = event_pb2  # its classes are made at run time
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T], title: str, unit: str) -> Iterator[T]:
+def progress(items: Iterable[T], title: str, unit: str, total: int | None = None) -> Iterator[T]:
     """Iterates with a bar on a terminal, and with a plain line every ten seconds elsewhere.
 
-    Where the length of `items` is known both tell how much time is left.
+    Where `total` or the length of `items` is known both tell how much time is left.
     """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=title, unit=unit, leave=False, dynamic_ncols=True)
+        bar = {"desc": title, "unit": unit, "total": total}
+        yield from tqdm(items, leave=False, dynamic_ncols=True, **bar)
         return
-    total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
     start = last = time.monotonic()
     for count, item in enumerate(items):
         now = time.monotonic()

@@ -14,8 +14,9 @@ from scipy.spatial.transform import Rotation
 
 from hirescam_jax.data import lesions
 from hirescam_jax.data.auto_regions import CHEST_REGIONS, segment_chest
+from hirescam_jax.data.lesion_folder import SHARED, make_lesion_folder
 from hirescam_jax.data.lesion_shapes import Scan, cover
-from hirescam_jax.data.lesions import LABELS, LESIONS, LesionSet, add_lesions, make_lesion_folder
+from hirescam_jax.data.lesions import LABELS, LESIONS, LesionSet, add_lesions
 from hirescam_jax.data.phantom import PhantomConfig
 from hirescam_jax.data.phantom_export import export
 from hirescam_jax.data.readers.nifti_folder import NiftiFolder
@@ -268,7 +269,9 @@ def cts(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], LabelMapR
 def test_a_folder_is_read_with_the_same_findings(cts: Any, tmp_path: Path):
     files, source = cts
     out = tmp_path / "new"
-    make_lesion_folder(out, files, copies=5, seed=3, source=source, split=(0.6, 0.2, 0.2))
+    make_lesion_folder(
+        out, files, copies=5, seed=3, source=source, split=(0.6, 0.2, 0.2), workers=0
+    )
     reader = NiftiFolder(out)
     assert (reader.labels, reader.regions) == (LABELS, CHEST_REGIONS)
     assert not reader.rejects
@@ -300,9 +303,10 @@ def test_a_folder_is_read_with_the_same_findings(cts: Any, tmp_path: Path):
 
 
 def test_a_copy_depends_on_nothing_but_its_number(cts: Any, tmp_path: Path):
+    """Nor on the process that makes it."""
     files, source = cts
-    make_lesion_folder(tmp_path / "few", files[1:], copies=2, seed=3, source=source)
-    make_lesion_folder(tmp_path / "many", files, copies=3, seed=3, source=source)
+    make_lesion_folder(tmp_path / "few", files[1:], copies=2, seed=3, source=source, workers=0)
+    make_lesion_folder(tmp_path / "many", files, copies=3, seed=3, source=source, workers=2)
     for i in range(2):
         few, many = (read_ct(tmp_path / f / f"b_{i:03d}.nii.gz") for f in ("few", "many"))
         np.testing.assert_array_equal(few.voxels, many.voxels)
@@ -311,10 +315,10 @@ def test_a_copy_depends_on_nothing_but_its_number(cts: Any, tmp_path: Path):
 
 def test_copies_of_a_ct_can_be_one_patient(cts: Any, tmp_path: Path):
     files, source = cts
-    make_lesion_folder(tmp_path / "x", files, copies=2, source=source, patient="ct")
+    make_lesion_folder(tmp_path / "x", files, copies=2, source=source, patient="ct", workers=0)
     studies = NiftiFolder(tmp_path / "x").studies
     assert [(s.patient, s.split) for s in studies] == [("a", None)] * 2 + [("b", None)] * 2
-    assert "SAME" in lesions.SHARED
+    assert "SAME" in SHARED
     assert "SAME" not in (tmp_path / "x" / "README.txt").read_text()
 
 
@@ -342,13 +346,14 @@ def test_bad_calls_write_nothing(cts: Any, tmp_path: Path, change: dict[str, Any
     assert not (tmp_path / "x").exists()
 
 
-def test_a_ct_whose_organs_are_not_found_is_refused(cts: Any, tmp_path: Path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_ct_whose_organs_are_not_found_is_refused(tmp_path: Path, workers: int):
     rng = np.random.default_rng(0)
     noise = rng.integers(-1000, 500, (20, 20, 20)).astype(np.int16)
     path = tmp_path / "noise.nii.gz"
     nibabel.save(nibabel.Nifti1Image(noise, np.diag([5.0, 5, 5, 1])), path)
     with pytest.raises(UserError, match=r"noise.nii.gz.*label maps"):
-        make_lesion_folder(tmp_path / "x", [path])
+        make_lesion_folder(tmp_path / "x", [path], workers=workers)
     assert not (tmp_path / "x").exists()
 
 
@@ -378,5 +383,5 @@ def test_lesions_in_a_real_ct(real_data: Path, name: str):
 @pytest.mark.slow
 def test_phantom_cts_can_have_them_too(tmp_path: Path):
     export(tmp_path / "p", PhantomConfig(shape=(80, 96, 96)), "test", 1)
-    make_lesion_folder(tmp_path / "x", [tmp_path / "p"], copies=2, seed=1, chance=0.9)
+    make_lesion_folder(tmp_path / "x", [tmp_path / "p"], copies=2, seed=1, chance=0.9, workers=0)
     assert len(NiftiFolder(tmp_path / "x").studies) == 2

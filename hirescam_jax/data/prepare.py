@@ -108,7 +108,7 @@ def prepare(
     cores = len(os.sched_getaffinity(0))
     with Workers(job, cores if workers is None else workers) as pool:
         studies = [study for one in todo for study in one.studies]
-        results = progress(_Sized(pool.map(studies), len(studies)), "preparing", "volume")
+        results = progress(pool.map(studies), "preparing", "volume", len(studies))
         with contextlib.closing(results):  # type: ignore[type-var]
             for one in todo:
                 _write(out, one, key, results, strict)
@@ -175,20 +175,6 @@ def shards_of(splits: dict[str, list[Study]], shards: int = 0) -> list[Shard]:
             part = studies[bounds[i] : bounds[i + 1]]
             plan.append(Shard(split, shard_name(split, i, count), part))
     return plan
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sized:
-    """An iterator whose length is known, so that its end can be estimated."""
-
-    items: Iterator[Any]
-    size: int
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.items
-
-    def __len__(self) -> int:
-        return self.size
 
 
 # -- the folder -----------------------------------------------------------------------------------

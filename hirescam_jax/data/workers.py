@@ -165,14 +165,9 @@ class Workers:
         return ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(self.job,))
 
 
-_job: Callable[[Study], Prepared | Reject] | None = None
-
-
-def _begin(job: Job) -> None:
-    """In a new process: bounded memory; an interruption is the main process' business, and when
-    that is killed this one ends too."""
-    global _job
-    _job = job
+def follow_parent() -> None:
+    """In a new process: an interruption is the main process' business, and when that is killed
+    this one ends too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -182,6 +177,16 @@ def _begin(job: Job) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+_job: Callable[[Study], Prepared | Reject] | None = None
+
+
+def _begin(job: Job) -> None:
+    """In a new process: bounded memory."""
+    global _job
+    _job = job
+    follow_parent()
     pages = int(Path("/proc/self/statm").read_text().split()[5])  # data and stack
     limit = pages * resource.getpagesize() + int(job.worker_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
