@@ -18,9 +18,9 @@ config = Config(
         conv_padding="SAME",
     ),
     data=StoreData(path="lesions_store"),
-    preprocess=Preprocess(flip=0.0, rotate=0.0),
+    preprocess=Preprocess(flip=0.5, rotate=0.0),
     optimizer=Adam(learning_rate=4e-3),
-    mask_weight=2.0,
+    mask_weight=3.0,
     batch_size=8,
-    epochs=30,
+    epochs=20,
 )

@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 from nibabel.affines import apply_affine
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from hirescam_jax.data.grid import feature_affine, from_features, resample, to_grid
@@ -274,6 +275,25 @@ def test_coarser_grids_do_not_alias():
     inner = volume_DHW[:, :, 3:-3].astype(float)
     assert abs(inner.mean() + 100) < 1
     assert np.ptp(inner) < 20
+
+
+def test_coarser_grids_are_a_gaussian_and_linear_interpolation(real_data: Path):
+    """Against scipy, which smooths every voxel before the points are looked up."""
+    volume = read_ct(real_data / "ct" / "tcga_34_2605_ct3mm.nii.gz")
+    spacing, shape = (6.0, 7.0, 4.5), (40, 50, 80)
+    volume_DHW, affine = to_grid(volume, spacing, shape)
+    values = np.maximum(volume.voxels, -1024).astype(np.float64)
+    size = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    factor = np.asarray(spacing)[::-1] / size  # the scan lies along x, y, z
+    sigma = np.sqrt(factor**2 - 1) / (2 * np.sqrt(2 * np.log(2)))
+    smooth = ndimage.gaussian_filter(values, sigma, mode="nearest")
+    index = np.linalg.inv(volume.affine) @ affine
+    points = np.indices(shape).reshape(3, -1)
+    expected = ndimage.map_coordinates(
+        smooth, index[:3, :3] @ points + index[:3, 3:], order=1, mode="nearest"
+    ).reshape(shape)
+    inner = (slice(4, -4),) * 3
+    np.testing.assert_allclose(volume_DHW[inner], expected[inner], atol=0.51)
 
 
 def orientations_agree(image: nibabel.Nifti1Image, folder: Path, spacing, shape) -> None:

@@ -55,15 +55,18 @@ def to_grid(
     # The Gaussian whose width, added to that of a voxel, is that of a cell (both as full width at
     # half maximum; Cardoso et al. 2015).
     sigma = np.sqrt(np.maximum(factor**2 - 1, 0)) / (2 * np.sqrt(2 * np.log(2)))
-    values_DHW = np.maximum(voxels_DHW, MIN_HU).astype(np.float32)
+    values_DHW = np.maximum(voxels_DHW, MIN_HU).astype(np.float32, order="C")
     air = float(values_DHW.min())
-    if sigma.any():
-        values_DHW = ndimage.gaussian_filter(values_DHW, sigma, mode="nearest")
 
     matrix = np.linalg.solve(axes, grid_axes)
     grid_centre = (np.asarray(shape) - 1) / 2
     offset = (np.asarray(voxels_DHW.shape) - 1) / 2 - matrix @ grid_centre
-    values_DHW = _sample(values_DHW, matrix, offset, tuple(shape), air)
+    if _is_aligned(matrix):
+        values_DHW = _sample_aligned(values_DHW, matrix, offset, tuple(shape), air, sigma)
+    else:
+        if sigma.any():
+            values_DHW = ndimage.gaussian_filter(values_DHW, sigma, mode="nearest")
+        values_DHW = _sample(values_DHW, matrix, offset, tuple(shape), air)
 
     affine = np.eye(4)
     affine[:3, :3] = grid_axes
@@ -138,8 +141,7 @@ def _sample(
     outside: float,
 ) -> np.ndarray:
     """values at matrix @ index + offset for every index of `shape`; see `resample`."""
-    filled = np.count_nonzero(matrix, axis=0) == 1
-    if filled.all() and (np.count_nonzero(matrix, axis=1) == 1).all():
+    if _is_aligned(matrix):
         return _sample_aligned(values, matrix, offset, shape, outside)
     out = ndimage.affine_transform(
         values,
@@ -163,14 +165,20 @@ def _sample(
     return out
 
 
+def _is_aligned(matrix: np.ndarray) -> bool:
+    """Whether each axis of the values runs along one of the grid."""
+    return all((np.count_nonzero(matrix, axis=axis) == 1).all() for axis in (0, 1))
+
+
 def _sample_aligned(
     values: np.ndarray,
     matrix: np.ndarray,
     offset: np.ndarray,
     shape: tuple[int, ...],
     outside: float,
+    sigma: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`_sample` where each axis of the values runs along one of the grid: axis by axis."""
+    """`_sample` axis by axis, of the values after a Gaussian of `sigma` voxels if it is given."""
     order = [int(np.flatnonzero(matrix[:, axis])[0]) for axis in range(3)]
     values = values.transpose(order)
     lows, weights, outer = [], [], []
@@ -182,6 +190,12 @@ def _sample_aligned(
         position = np.clip(position, 0, last)
         lows.append(np.minimum(position.astype(np.intp), max(last - 1, 0)))
         weights.append((position - lows[-1]).astype(np.float32))
+    for axis in sorted(range(3), key=lambda axis: shape[axis] / values.shape[axis]):
+        kernel = _gaussian(0.0 if sigma is None else sigma[order[axis]])
+        if len(kernel) > 1:  # at the points of the grid only
+            operator = _smoothing(kernel, lows[axis], weights[axis], values.shape[axis])
+            values = _along(operator, values, axis)
+            lows[axis], weights[axis] = np.arange(shape[axis]), np.zeros(shape[axis], np.float32)
     out = np.empty(shape, np.float32)
     slabs = 8  # slices at a time stay in the cache
     for start in range(0, shape[0], slabs):
@@ -193,6 +207,33 @@ def _sample_aligned(
     for axis, beyond in enumerate(outer):
         np.moveaxis(out, axis, 0)[beyond] = outside
     return out
+
+
+def _gaussian(sigma: float) -> np.ndarray:
+    """Weights of a Gaussian, cut off at four sigma, as `ndimage.gaussian_filter` has them."""
+    radius = int(4 * sigma + 0.5)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / (sigma or 1.0)) ** 2)
+    return kernel / kernel.sum()
+
+
+def _smoothing(kernel: np.ndarray, low: np.ndarray, weight: np.ndarray, size: int) -> np.ndarray:
+    """float32 [points, size]: the kernel, then linear interpolation; the border goes on."""
+    operator = np.zeros((len(low), size))
+    rows = np.arange(len(low))
+    radius = len(kernel) // 2
+    for step, share in enumerate(kernel, start=-radius):
+        for neighbour, part in ((low, 1.0 - weight), (low + 1, weight)):
+            operator[rows, np.clip(neighbour + step, 0, size - 1)] += share * part
+    return operator.astype(np.float32)
+
+
+def _along(operator: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
+    """The operator [m, n] applied to an axis of n values."""
+    if axis == 2:
+        return values @ operator.T
+    if axis == 1:
+        return operator @ values
+    return np.tensordot(operator, values, axes=1)
 
 
 def _blend(values: np.ndarray, low: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray:

@@ -31,7 +31,7 @@ from hirescam_jax.data.lesions import LABELS, Lesion, LesionSet, make_copy
 from hirescam_jax.data.region_sources import AutoRegions, RegionSource
 from hirescam_jax.data.study import SPLITS, Study
 from hirescam_jax.data.volume import Volume, read_ct
-from hirescam_jax.data.workers import follow_parent
+from hirescam_jax.data.workers import follow_parent, one_thread_each
 from hirescam_jax.errors import UserError
 from hirescam_jax.progress import progress
 
@@ -157,7 +157,8 @@ def _mapper(workers: int | None) -> Iterator[Callable[[Callable, Iterable], Iter
     cores = len(os.sched_getaffinity(0))
     pool = ProcessPoolExecutor(workers or cores, context, initializer=follow_parent)
     try:
-        yield pool.map
+        with one_thread_each():
+            yield pool.map
     except BrokenProcessPool as error:
         raise UserError(
             "a process was killed: the memory is too small (lower --workers)"

@@ -1,6 +1,7 @@
 """One volume prepared, and many of them at once: a process a core, bounded in memory."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -111,13 +112,16 @@ class Workers:
     def __init__(self, job: Job, workers: int):
         self.job, self.workers = job, workers
         self.pool = self._start(workers) if workers else None
+        self.threads = one_thread_each()
 
     def __enter__(self) -> "Workers":
+        self.threads.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
+        self.threads.__exit__(None, None, None)
 
     def map(self, studies: Sequence[Study]) -> Iterator[tuple[Study, Prepared | Reject]]:
         """The outcome of each study, in order."""
@@ -163,6 +167,22 @@ class Workers:
     def _start(self, workers: int) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(self.job,))
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Processes started in here get one thread for linear algebra, unless the user says more.
+
+    One process a core leaves none to spare: threads that wait for one another cost up to ten times.
+    """
+    names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+    missing = [name for name in names if name not in os.environ]
+    os.environ.update(dict.fromkeys(missing, "1"))
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 def follow_parent() -> None:
