@@ -53,6 +53,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     from common import Timing, interleave, machine_line, write_results
 
     from hirescam_jax.data.pipeline import train_batches
+    from hirescam_jax.sharding import Share
     from hirescam_jax.data.store import Store
 
     cores = len(os.sched_getaffinity(0))
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace, folder: Path) -> None:
 
     feeds: dict[str, Callable[[], Iterator[Any]]] = {
         "pipeline": lambda: (
-            jax.device_put(batch["volume"]) for batch in train_batches(store, 1, seed=0)
+            jax.device_put(batch["volume"])
+            for batch in train_batches(store, Share.whole(1), seed=0)
         )
     }
     disk = {"store": sum(f.stat().st_size for f in store_path.iterdir()) / args.volumes}

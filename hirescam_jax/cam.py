@@ -80,16 +80,24 @@ def gradcam(
     labels: Labels = None,
     *,
     max_gradient_bytes: int = MAX_GRADIENT_BYTES,
+    axis_name: str | None = None,
+    positions: int | None = None,
 ) -> Float[Array, "B L *grid"]:
     """Grad-CAM in any number of spatial axes: the gradient is averaged over positions first.
 
     maps[b, l] = sum_c mean_grid(d logit / d features[..., c]) * features[b, ..., c], without the
     final ReLU (Selvaraju et al. 2017, arXiv 1610.02391). The average is what can make it point to
-    places that the model did not use. Arguments, result and errors are those of `hirescam`.
+    places that the model did not use. Arguments, result and errors are those of `hirescam`; where
+    the grid is split over a mapped axis (`jax.shard_map`), `axis_name` is that axis, and
+    `positions` the size of the whole grid.
     """
 
     def channel_sum(gradient: Array, features: Array) -> Array:
-        weights = jnp.mean(gradient, axis=tuple(range(1, gradient.ndim - 1)))
+        axes = tuple(range(1, gradient.ndim - 1))
+        if axis_name is None:
+            weights = jnp.mean(gradient, axis=axes)
+        else:
+            weights = jax.lax.psum(gradient.sum(axis=axes), axis_name) / positions
         weights = jnp.broadcast_to(weights, (features.shape[0], weights.shape[1]))
         return jnp.einsum("b...c,bc->b...", features, weights, precision="highest")
 
@@ -199,7 +207,10 @@ def _maps(
         labels_LB = labels_LB[:, :1]
 
     def one_label(label_B: Int[Array, "B"]) -> Array:
-        (gradient,) = pull_back(jax.nn.one_hot(label_B, num_labels, dtype=logits.dtype))
+        # Made of the logits, so that under `shard_map` it is split over devices as they are.
+        chosen = jnp.arange(num_labels) == label_B[:, None]
+        cotangent = jnp.where(chosen, jnp.ones_like(logits), jnp.zeros_like(logits))
+        (gradient,) = pull_back(cotangent[: labels_LB.shape[1]])
         return channel_sum(gradient, features)
 
     gradient_bytes = features[:1].size * labels_LB.shape[1] * features.dtype.itemsize
@@ -221,14 +232,14 @@ def _is_affine(head: Head, features: Array) -> bool:
     def gradient(features: Array, cotangent: Array) -> Array:
         return jax.vjp(head, features)[1](cotangent)[0]
 
-    example = jax.ShapeDtypeStruct((1, *features.shape[1:]), features.dtype)
+    example = features[:1]
     try:
         logits = jax.eval_shape(head, example)
     except (TypeError, ValueError):  # a head that holds data of the whole batch
         return False
     if logits.shape[0] != 1:
         return False
-    traced = jax.make_jaxpr(gradient)(example, logits).jaxpr
+    traced = jax.make_jaxpr(gradient)(example, jnp.zeros_like(logits)).jaxpr
     if any(name in str(traced) for name in ("random", "threefry")):
         return False
     needed = set(map(id, traced.outvars))

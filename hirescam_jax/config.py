@@ -78,6 +78,9 @@ class Config:
         labels: train on these labels only; empty for all labels of the data.
         mask_weight: lambda of the mask loss; 0 trains without it.
         batch_size: volumes a step, over all devices and processes.
+        micro_batches: compute a batch in so many parts, one after the other, with one update: less
+            memory. BatchNorm sees a part at a time.
+        depth_devices: devices that share the slices of one volume; the others split the batch.
         epochs: at most.
         patience: stop after so many epochs without a lower validation loss.
         workers: data-loading processes; 0 loads in threads of the training process.
@@ -91,6 +94,8 @@ class Config:
     labels: tuple[str, ...] = ()
     mask_weight: float = 1 / 3
     batch_size: int = 1
+    micro_batches: int = 1
+    depth_devices: int = 1
     epochs: int = 100
     patience: int = 15
     workers: int = 0

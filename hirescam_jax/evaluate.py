@@ -1,10 +1,13 @@
 """Evaluation: how well a run predicts (AUROC, average precision) and where it looks (OrganIoU)."""
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from hirescam_jax import sharding
@@ -23,6 +26,8 @@ from hirescam_jax.metrics import (
     organ_iou,
 )
 from hirescam_jax.progress import progress
+from hirescam_jax.sharding import DATA, DEPTH, Layout
+from hirescam_jax.train import open_layout
 
 
 class Predictions(NamedTuple):
@@ -33,34 +38,68 @@ class Predictions(NamedTuple):
     organ_iou: dict[str, Float[np.ndarray, "N K T"]]
 
 
-def predict_step(variables: Any, batch: dict[str, Array], *, config: Config) -> dict[str, Any]:
+def predict_step(
+    variables: Any, batch: dict[str, Array], *, config: Config, layout: Layout
+) -> dict[str, Any]:
     """Logits, labels and OrganIoU of both map methods for a batch, in one program."""
-    model: Any = config.model
-    volume = config.preprocess.normalize(batch["volume"])
-    features = model.apply(variables, volume, method="features")
-    head = partial(model.apply, variables, method="head")
-    allowed = allowed_of(batch["findings"], batch["regions"])
+    logits, maps = explain_step(variables, batch["volume"], config=config, layout=layout)
+    regions = batch["regions"][:, :, : layout.cells]
+    allowed = allowed_of(batch["findings"], regions)
     return {
-        "logits": head(features),
+        "logits": logits,
         "labels": labels_of(batch["findings"]),
         "organ_iou": {
-            name: organ_iou(normalize_map(method(head, features)), allowed, ORGAN_IOU_THRESHOLDS)
-            for name, method in METHODS.items()
+            name: organ_iou(normalize_map(map_BKdhw), allowed, ORGAN_IOU_THRESHOLDS)
+            for name, map_BKdhw in maps.items()
         },
     }
 
 
+def explain_step(
+    variables: Any,
+    volume: Array,
+    *,
+    config: Config,
+    layout: Layout,
+    methods: Sequence[str] = tuple(METHODS),
+) -> tuple[Array, dict[str, Array]]:
+    """Logits [B, K] and raw signed maps [B, K, d, h, w] of int16 volumes [B, D, H, W] that lie on a
+    mesh; each device explains its own volumes and slices."""
+    model: Any = config.model
+
+    def part(variables: Any, volume: Array) -> tuple[Array, dict[str, Array]]:
+        volume, cells = config.preprocess.normalize(volume), layout.cells
+        features = model.apply(variables, volume, False, cells, method="features")
+
+        def head(features):
+            return model.apply(variables, features, False, cells, method="head")
+
+        maps = {}
+        for name in methods:
+            options = {}
+            if name == "gradcam":  # it averages over the whole grid
+                options = {"axis_name": DEPTH, "positions": math.prod(layout.grid)}
+            maps[name] = METHODS[name](head, features, **options)
+        return head(features), maps
+
+    specs = (sharding.WHOLE, sharding.SPECS["volume"]), (PartitionSpec(DATA), sharding.MAPS)
+    logits, maps = sharding.split(part, layout.mesh, *specs)(variables, volume)
+    return logits, {name: map_BKdhw[:, :, : layout.cells] for name, map_BKdhw in maps.items()}
+
+
 def predict(run: Run, source: Source, title: str = "evaluate") -> Predictions:
-    """Runs a model over a split."""
+    """Runs a model over a split, on all devices of all processes; each gets the whole result."""
     config = run.config
-    mesh = sharding.data_mesh(config.batch_size)
-    variables = jax.device_put(run.variables, sharding.replicated(mesh))
-    step = jax.jit(partial(predict_step, config=config))
+    layout = open_layout(config, tuple(source.shape), evaluation=True)
+    everywhere = sharding.replicated(layout.mesh)
+    variables = jax.device_put(run.variables, everywhere)
+    program = partial(predict_step, config=config, layout=layout)
+    step = jax.jit(program, out_shardings=everywhere)
     results = []
-    steps = range(-(-len(source) // config.batch_size))
-    batches = eval_batches(source, config.batch_size, workers=config.workers)
+    steps = range(-(-len(source) // layout.batch_size))
+    batches = eval_batches(source, layout.share, workers=config.workers)
     for _ in progress(steps, title, "batch"):
-        results.append(jax.device_get(step(variables, sharding.to_devices(mesh, next(batches)))))
+        results.append(jax.device_get(step(variables, layout.to_devices(next(batches)))))
     whole = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(source)], *results)
     present = whole["labels"][..., None]
     iou = {n: np.where(present, value, np.nan) for n, value in whole["organ_iou"].items()}

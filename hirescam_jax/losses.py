@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 
@@ -12,7 +13,9 @@ def classification_loss(logits: Float[Array, "B K"], labels: Array) -> Float[Arr
 
 
 def mask_loss(
-    attention: Float[Array, "B K *grid"], allowed: Bool[Array, "B K *grid"] | Array
+    attention: Float[Array, "B K *grid"],
+    allowed: Bool[Array, "B K *grid"] | Array,
+    axis_name: str | None = None,
 ) -> Float[Array, ""]:
     """Penalty on attention outside the organs in which a label was found.
 
@@ -25,6 +28,7 @@ def mask_loss(
     Args:
         attention: float, signed.
         allowed: bool or {0, 1}, true where the label may look; all false for an absent label.
+        axis_name: mapped axis (`jax.shard_map`) over which the grid of an example is split.
 
     Returns:
         Scalar. An example without a forbidden cell counts as 0.
@@ -38,6 +42,8 @@ def mask_loss(
     axes = tuple(range(1, attention.ndim))
     total = jnp.where(forbidden, jax.nn.softplus(attention), 0).sum(axis=axes)
     count = forbidden.sum(axis=axes, dtype=attention.dtype)
+    if axis_name is not None:
+        total, count = lax.psum((total, count), axis_name)
     return jnp.mean(total / jnp.maximum(count, 1))
 
 

@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from hirescam_jax import sharding
+from hirescam_jax.sharding import DEPTH
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
@@ -40,11 +43,13 @@ def augment(
     key: Array,
     volume_BDHW: Integer[Array, "B D H W"],
     regions_BRdhw: Integer[Array, "B R d h w"],
+    depth: tuple[int, int] | None = None,
 ) -> tuple[Integer[Array, "B D H W"], Integer[Array, "B R d h w"]]:
     """Flips and axial rotations, drawn for each example, of volumes and their masks alike.
 
     Args:
         key: keys [B], one an example.
+        depth: where the slices are split over devices and padded, (D, d) of a whole volume.
 
     Raises:
         ValueError: rotations are asked for and H != W or h != w.
@@ -55,17 +60,29 @@ def augment(
     ):
         raise ValueError("rotations by 90 degrees need H = W: set preprocess.rotate to 0")
 
-    def one(key: Array, volume_DHW: Array, regions_Rdhw: Array) -> tuple[Array, Array]:
+    def draw(key: Array) -> tuple[Array, Array]:
         flip_key, axis_key, rotate_key, turns_key = jax.random.split(key, 4)
         flip = jax.random.bernoulli(flip_key, settings.flip)
         axis = jnp.where(flip, jax.random.randint(axis_key, (), 0, 3), -1)
         rotate = jax.random.bernoulli(rotate_key, settings.rotate)
         turns = jnp.where(rotate, jax.random.randint(turns_key, (), 1, 4), 0)
-        return flip_and_rotate(volume_DHW, axis, turns), flip_and_rotate(regions_Rdhw, axis, turns)
+        return axis, turns
 
     if settings.flip == 0 and settings.rotate == 0:
         return volume_BDHW, regions_BRdhw
-    return jax.vmap(one)(key, volume_BDHW, regions_BRdhw)
+    axis_B, turns_B = jax.vmap(draw)(key)
+    if settings.flip > 0 and sharding.parts(DEPTH) > 1:
+        # The slices are on other devices: parts are exchanged, whatever was drawn.
+        sizes = [n * sharding.parts(DEPTH) for n in (volume_BDHW.shape[1], regions_BRdhw.shape[2])]
+        slices, cells = depth or sizes
+        turned = axis_B[:, None, None, None] == 0
+        flipped = sharding.flip_depth(volume_BDHW, 1, slices)
+        volume_BDHW = jnp.where(turned, flipped, volume_BDHW)
+        flipped = sharding.flip_depth(regions_BRdhw, 2, cells)
+        regions_BRdhw = jnp.where(turned[..., None], flipped, regions_BRdhw)
+        axis_B = jnp.where(axis_B == 0, -1, axis_B)
+    move = jax.vmap(flip_and_rotate)
+    return move(volume_BDHW, axis_B, turns_B), move(regions_BRdhw, axis_B, turns_B)
 
 
 def flip_and_rotate(x: Array, axis: Array, turns: Array) -> Array:

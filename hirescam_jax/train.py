@@ -27,6 +27,7 @@ from hirescam_jax.errors import UserError
 from hirescam_jax.losses import allowed_of, classification_loss, labels_of, mask_loss
 from hirescam_jax.preprocess import augment
 from hirescam_jax.progress import Log, progress
+from hirescam_jax.sharding import DATA, DEPTH, WHOLE, Layout
 
 Metrics = dict[str, Array]
 
@@ -45,43 +46,41 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def train_step(
-    state: TrainState, batch: dict[str, Array], *, config: Config, optimizer: Any
+    state: TrainState,
+    batch: dict[str, Array],
+    *,
+    config: Config,
+    optimizer: Any,
+    depth: tuple[int, int] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update from a batch of int16 volumes [B, D, H, W], findings [B, K, R], regions
-    [B, R, d, h, w] and index [B]. All randomness is a function of (config.seed, step, index)."""
-    model: Any = config.model
+    [B, R, d, h, w] and index [B]. All randomness is a function of (config.seed, step, index).
+
+    On a mesh (`on_mesh`) these are a device's own part, (D, d) of whole volumes are `depth`, and
+    the result is that of one device with the whole batch.
+    """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    augment_keys = jax.vmap(partial(jax.random.fold_in, key))(batch["index"])
-    volume, regions = augment(config.preprocess, augment_keys, batch["volume"], batch["regions"])
-    volume = config.preprocess.normalize(volume)
-    labels = labels_of(batch["findings"])
-    allowed = allowed_of(batch["findings"], regions)
+    params = over_layers(sharding.own, config.model, state.params)
+    gradient = jax.grad(partial(batch_loss, config=config, depth=depth), has_aux=True)
 
-    def loss_fn(params):
-        features, updates = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            volume,
-            train=True,
-            method="features",
-            mutable=["batch_stats"],
-        )
+    def micro_step(carry, part):
+        grads, batch_stats = carry
+        micro_key, micro_batch = part
+        new, (batch_stats, metrics) = gradient(params, batch_stats, micro_batch, micro_key)
+        return (jax.tree.map(jnp.add, grads, new), batch_stats), metrics
 
-        def head(features):
-            rngs = {"dropout": key}
-            return model.apply({"params": params}, features, True, method="head", rngs=rngs)
-
-        class_loss = classification_loss(head(features), labels)
-        attention_loss = jnp.zeros(())
-        if config.mask_weight > 0:
-            scale = model.attention_scale(features.shape[1:-1])
-            attention_loss = mask_loss(hirescam(head, features) * scale, allowed)
-        loss = class_loss + config.mask_weight * attention_loss
-        metrics = {"loss": loss, "class_loss": class_loss, "mask_loss": attention_loss}
-        return loss, (updates.get("batch_stats", {}), metrics)
-
-    grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    count = config.micro_batches
+    if count == 1:
+        grads, (batch_stats, metrics) = gradient(params, state.batch_stats, batch, key)
+    else:
+        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
+        micro_batches = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        start = (jax.tree.map(jnp.zeros_like, params), state.batch_stats)
+        (grads, batch_stats), metrics = jax.lax.scan(micro_step, start, (keys, micro_batches))
+        grads, metrics = jax.tree.map(lambda x: x / count, (grads, jax.tree.map(sum, metrics)))
+    grads = over_layers(sharding.total, config.model, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics["grad_norm"] = optax.tree.norm(grads)
+    metrics = {**sharding.total(metrics, DATA), "grad_norm": optax.tree.norm(grads)}
     new_state = TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
@@ -91,25 +90,114 @@ def train_step(
     return new_state, metrics
 
 
-def eval_step(variables: Any, batch: dict[str, Array], *, config: Config) -> Metrics:
+def batch_loss(
+    params: Any,
+    batch_stats: Any,
+    batch: dict[str, Array],
+    key: Array,
+    *,
+    config: Config,
+    depth: tuple[int, int] | None,
+) -> tuple[Array, tuple[Any, Metrics]]:
+    """This device's share of the mean loss of a batch, new BatchNorm statistics, and metrics."""
+    model: Any = config.model
+    cells = depth[1] if depth else None
+    keys = jax.vmap(partial(jax.random.fold_in, key))(batch["index"])
+    volume, regions = augment(config.preprocess, keys, batch["volume"], batch["regions"], depth)
+    features, updates = model.apply(
+        {"params": params, "batch_stats": batch_stats},
+        config.preprocess.normalize(volume),
+        True,
+        cells,
+        method="features",
+        mutable=["batch_stats"],
+    )
+
+    def head(features):
+        rngs = {"dropout": key}
+        return model.apply({"params": params}, features, True, cells, method="head", rngs=rngs)
+
+    class_loss = classification_loss(head(features), labels_of(batch["findings"]))
+    attention_loss = jnp.zeros_like(class_loss)
+    if config.mask_weight > 0:
+        maps = hirescam(head, features) * attention_scale(model, features, cells)
+        attention_loss = forbidden_attention(maps, batch["findings"], regions, cells)
+    loss = class_loss + config.mask_weight * attention_loss
+    metrics = {"loss": loss, "class_loss": class_loss, "mask_loss": attention_loss}
+    share = jax.tree.map(lambda x: x / sharding.parts(DATA), metrics)
+    return share["loss"], (updates.get("batch_stats", batch_stats), share)
+
+
+def forbidden_attention(
+    attention: Array, findings: Array, regions: Array, cells: int | None
+) -> Array:
+    """The mask loss; what is padding along the depth is never forbidden."""
+    allowed = allowed_of(findings, regions)
+    real = sharding.real_cells(regions.shape[2], cells)
+    if real is not None:
+        allowed |= ~real[:, None, None]
+    split = sharding.split_axes(DEPTH)
+    return mask_loss(attention, allowed, axis_name=split[0] if split else None)
+
+
+def attention_scale(model: Any, features: Array, cells: int | None) -> float:
+    """The model's attention scale for the grid of a whole volume."""
+    depth = cells or features.shape[1] * sharding.parts(DEPTH)
+    return model.attention_scale((depth, *features.shape[2:-1]))
+
+
+def over_layers(function: Callable, model: Any, tree: dict[str, Any]) -> dict[str, Any]:
+    """Applies `sharding.own` or `total`: over both axes to the parameters of the features, over
+    `data` alone to those of the head, which each device along the depth uses in the same way."""
+    return {
+        name: function(layer, DATA, *(() if name.startswith(model.head_layers) else (DEPTH,)))
+        for name, layer in tree.items()
+    }
+
+
+def eval_step(
+    variables: Any,
+    batch: dict[str, Array],
+    *,
+    config: Config,
+    depth: tuple[int, int] | None = None,
+) -> Metrics:
     """Sums, over the real examples of a padded batch, of the losses as in `train_step`, without
     augmentation and with BatchNorm's running statistics."""
     model: Any = config.model
-    features = model.apply(
-        variables, config.preprocess.normalize(batch["volume"]), method="features"
-    )
-    head = partial(model.apply, variables, method="head")
-    attention = hirescam(head, features) * model.attention_scale(features.shape[1:-1])
-    allowed = allowed_of(batch["findings"], batch["regions"])
+    cells = depth[1] if depth else None
+    volume = config.preprocess.normalize(batch["volume"])
+    features = model.apply(variables, volume, False, cells, method="features")
 
-    def of_each(loss: Callable[[Array, Array], Array], *arrays: Array) -> Array:
+    def head(features):
+        return model.apply(variables, features, False, cells, method="head")
+
+    attention = hirescam(head, features) * attention_scale(model, features, cells)
+
+    def of_each(loss: Callable[..., Array], *arrays: Array) -> Array:
         return jax.vmap(lambda *one: loss(*(a[None] for a in one)))(*arrays)
 
+    penalty = partial(forbidden_attention, cells=cells)
     class_loss = of_each(classification_loss, head(features), labels_of(batch["findings"]))
-    attention_loss = of_each(mask_loss, attention, allowed)
+    attention_loss = of_each(penalty, attention, batch["findings"], batch["regions"])
     loss = class_loss + config.mask_weight * attention_loss
     sums = {"loss": loss, "class_loss": class_loss, "mask_loss": attention_loss}
-    return {name: jnp.sum(value * batch["weight"]) for name, value in sums.items()}
+    sums = {name: jnp.sum(value * batch["weight"]) for name, value in sums.items()}
+    return sharding.total(sums, DATA)
+
+
+def on_mesh(step: Callable, layout: Layout, **options: Any) -> Any:
+    """`train_step` or `eval_step` compiled for batches that lie on a mesh (state, batch -> ...).
+
+    One program on each device: it computes with the device's own volumes and slices.
+    """
+    part = partial(step, depth=(layout.shape[0], layout.cells), **options)
+
+    def whole(state: Any, batch: dict[str, Array]) -> Any:
+        specs = {name: sharding.SPECS[name] for name in batch}
+        return sharding.split(part, layout.mesh, (WHOLE, specs), WHOLE)(state, batch)
+
+    return jax.jit(whole, donate_argnums=0 if step is train_step else ())
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
@@ -156,6 +244,21 @@ def feature_grid(model: Any, shape: tuple[int, ...]) -> tuple[int, int, int]:
     return grid
 
 
+def open_layout(config: Config, shape: tuple[int, ...], *, evaluation: bool = False) -> Layout:
+    """How the config's batches of volumes of `shape` lie on all devices of all processes; for
+    evaluation, where a last batch is filled up anyway, raised to what the devices can share.
+
+    Raises:
+        UserError: a batch or a mesh that does not fit the devices.
+    """
+    mesh = sharding.make_mesh(config.depth_devices)
+    grid, unit = feature_grid(config.model, shape), config.model.depth_unit
+    if evaluation:
+        devices = mesh.shape[DATA]
+        return Layout(mesh, -(-config.batch_size // devices) * devices, shape, grid, unit)
+    return Layout(mesh, config.batch_size, shape, grid, unit, config.micro_batches)
+
+
 def open_data(config: Config, split: str) -> Source:
     """A split of the config's data with its masks on the feature grid of the config's model."""
     shape = open_split(config.data, split, (1, 1, 1)).shape
@@ -179,13 +282,13 @@ def train(
         UserError: a run folder that exists (or does not, with `resume`), a loss that is not a
             finite number, bad data.
     """
-    for name in ("batch_size", "epochs"):
+    for name in ("batch_size", "micro_batches", "epochs"):
         if getattr(config, name) < 1:
             raise UserError(f"config.{name} must be at least 1, got {getattr(config, name)}")
     training, validation = sources or (open_data(config, "train"), open_data(config, "val"))
     model = config.model.clone(num_labels=len(training.labels))
     config = dataclasses.replace(config, model=model)
-    mesh = sharding.data_mesh(config.batch_size)
+    layout = open_layout(config, tuple(training.shape))
     if len(training) < config.batch_size:
         raise UserError(
             f"config.batch_size = {config.batch_size} exceeds the {len(training)} training volumes"
@@ -204,42 +307,39 @@ def train(
     saver = checkpoint.Saver(run_dir, header, resume=resume)
 
     init = partial(init_state, config, optimizer, tuple(training.shape))
-    state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
+    state = jax.jit(init, out_shardings=sharding.replicated(layout.mesh))()
     state = saver.restore(state)
     step = int(state.step)
-    step_fn = jax.jit(partial(train_step, config=config, optimizer=optimizer), donate_argnums=0)
-    eval_fn = jax.jit(partial(eval_step, config=config))
+    step_fn = on_mesh(train_step, layout, config=config, optimizer=optimizer)
+    eval_layout = open_layout(config, layout.shape, evaluation=True)
+    eval_fn = on_mesh(eval_step, eval_layout, config=config)
     batches = train_batches(
-        training,
-        config.batch_size,
-        seed=config.seed,
-        start_step=step,
-        workers=config.workers,
+        training, layout.share, seed=config.seed, start_step=step, workers=config.workers
     )
     with Log(run_dir, step) as log, saver:
         while step < total_steps and saver.stale_epochs(epoch_steps) < config.patience:
             epoch, start, pending = step // epoch_steps, time.perf_counter(), None
             end = (epoch + 1) * epoch_steps
             for _ in progress(range(step, end), f"epoch {epoch + 1}/{config.epochs}", "step"):
-                state, metrics = step_fn(state, sharding.to_devices(mesh, next(batches)))
+                state, metrics = step_fn(state, layout.to_devices(next(batches)))
                 # Reading the step before leaves the device busy with this one.
                 pending = log.step(step, pending, metrics)
                 step += 1
             log.step(step, pending, None)
             seconds = time.perf_counter() - start
-            losses = validate(eval_fn, state, validation, config, mesh)
+            losses = validate(eval_fn, state, validation, config, eval_layout)
             log.epoch(step, epoch, losses, epoch_steps * config.batch_size / seconds)
             saver.save(step, state, losses["loss"])
     return checkpoint.load_run(run_dir)
 
 
 def validate(
-    eval_fn: Callable, state: TrainState, source: Source, config: Config, mesh: Any
+    eval_fn: Callable, state: TrainState, source: Source, config: Config, layout: Layout
 ) -> dict[str, float]:
     """Mean losses over a split."""
     totals: dict[str, Any] = {}
-    for batch in eval_batches(source, config.batch_size, workers=config.workers):
-        sums = eval_fn(state.variables, sharding.to_devices(mesh, batch))
+    for batch in eval_batches(source, layout.share, workers=config.workers):
+        sums = eval_fn(state.variables, layout.to_devices(batch))
         totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
     losses = {name: float(total) / len(source) for name, total in totals.items()}
     if not math.isfinite(losses["loss"]):

@@ -15,6 +15,7 @@ from hirescam_jax.data.phantom import Phantom, PhantomConfig
 from hirescam_jax.data.pipeline import InMemory, eval_batches, open_split, train_batches
 from hirescam_jax.data.regions import to_feature_grid
 from hirescam_jax.errors import UserError
+from hirescam_jax.sharding import Share
 
 GRID = (2, 3, 3)
 TINY = PhantomConfig(shape=(6, 12, 12))
@@ -57,15 +58,16 @@ def indices(batches) -> list[list[int]]:
 
 @pytest.mark.parametrize(("size", "batch"), [(7, 3), (8, 4), (5, 1)])
 def test_batches_from_a_step_are_the_tail_of_all(size, batch):
-    whole = indices(take(train_batches(Counter(size), batch, seed=3), 12))
+    whole = indices(take(train_batches(Counter(size), Share.whole(batch), seed=3), 12))
     for step in (1, 2, 5, 11):
-        tail = train_batches(Counter(size), batch, seed=3, start_step=step)
+        tail = train_batches(Counter(size), Share.whole(batch), seed=3, start_step=step)
         assert indices(take(tail, 12 - step)) == whole[step:]
 
 
 def test_order_is_a_function_of_the_seed():
     first, again, other = (
-        indices(take(train_batches(Counter(20), 4, seed=seed), 10)) for seed in (3, 3, 4)
+        indices(take(train_batches(Counter(20), Share.whole(4), seed=seed), 10))
+        for seed in (3, 3, 4)
     )
     assert first == again
     assert first != other
@@ -73,7 +75,7 @@ def test_order_is_a_function_of_the_seed():
 
 @pytest.mark.parametrize(("size", "batch"), [(12, 4), (10, 4), (7, 3)])
 def test_every_epoch_holds_every_item_once(size, batch):
-    batches = take(train_batches(Counter(size), batch, seed=0), 3 * size)
+    batches = take(train_batches(Counter(size), Share.whole(batch), seed=0), 3 * size)
     order = list(itertools.chain(*indices(batches)))
     epochs = [order[i : i + size] for i in range(0, len(order), size)]
     assert len(epochs) == 3 * batch
@@ -84,37 +86,53 @@ def test_every_epoch_holds_every_item_once(size, batch):
 
 def test_batch_holds_its_items_arrays():
     source = Counter(9)
-    (batch,) = take(train_batches(source, 4, seed=0), 1)
+    (batch,) = take(train_batches(source, Share.whole(4), seed=0), 1)
     for i, index in enumerate(batch["index"]):
         for name, value in source[index].items():
             np.testing.assert_array_equal(batch[name][i], value)
             assert batch[name].dtype == value.dtype
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_parts_of_the_processes_make_the_global_batch(monkeypatch, processes):
-    whole = indices(take(train_batches(Counter(10), 4, seed=1), 7))
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
-    parts = []
-    for process in range(processes):
-        monkeypatch.setattr(jax, "process_index", lambda p=process: p)
-        parts.append(indices(take(train_batches(Counter(10), 4, seed=1), 7)))
-        later = indices(take(train_batches(Counter(10), 4, seed=1, start_step=5), 2))
-        assert later == parts[-1][5:]
-    for step, batch in enumerate(whole):
-        assert [len(part[step]) for part in parts] == [4 // processes] * processes
-        assert sorted(itertools.chain(*(part[step] for part in parts))) == sorted(batch)
+@pytest.mark.parametrize("rows", [[(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(0, 2), (1, 3)]])
+def test_shares_of_the_processes_make_the_global_batch(rows):
+    whole = indices(take(train_batches(Counter(10), Share.whole(4), seed=1), 7))
+    for mine in rows:
+        share = Share(4, mine)
+        part = indices(take(train_batches(Counter(10), share, seed=1), 7))
+        assert part == [[batch[row] for row in mine] for batch in whole]
+        assert indices(take(train_batches(Counter(10), share, seed=1, start_step=5), 2)) == part[5:]
+
+
+def test_shares_of_an_evaluation_count_every_item_once():
+    batches = [list(eval_batches(Counter(7), Share(4, mine))) for mine in [(0, 1), (2, 3)]]
+    counted = [i for part in batches for b in part for i in b["index"][b["weight"] > 0].tolist()]
+    assert sorted(counted) == list(range(7))
+
+
+def test_share_of_the_slices_is_padded():
+    source = Phantom(TINY, "train", 1, GRID)
+    whole, parts = source[0], []
+    for cell in range(3):  # three devices for two cells of three slices
+        part = Share(1, (0,), (3 * cell, 3 * cell + 3), (cell, cell + 1)).cut(source[0])
+        assert part["volume"].shape == (3, 12, 12)
+        parts.append(part)
+    for name, axis in (("volume", 0), ("regions", 1)):
+        joined = np.concatenate([part[name] for part in parts], axis)
+        size = whole[name].shape[axis]
+        np.testing.assert_array_equal(np.take(joined, range(size), axis), whole[name])
+        assert not np.take(joined, range(size, joined.shape[axis]), axis).any()
 
 
 WORKERS = """
 import itertools, jax, numpy as np
 from hirescam_jax.data.phantom import Phantom, PhantomConfig
 from hirescam_jax.data.pipeline import eval_batches, train_batches
+from hirescam_jax.sharding import Share
 
 source = Phantom(PhantomConfig(shape=(6, 12, 12)), "train", 7, (2, 3, 3))
 for plain, worked in (
-    [train_batches(source, 3, seed=2, start_step=1, workers=n) for n in (0, 1)],
-    [eval_batches(source, 3, workers=n) for n in (0, 1)],
+    [train_batches(source, Share.whole(3), seed=2, start_step=1, workers=n) for n in (0, 1)],
+    [eval_batches(source, Share.whole(3), workers=n) for n in (0, 1)],
 ):
     count = 0
     for a, b in itertools.islice(zip(plain, worked), 4):
@@ -138,7 +156,7 @@ def test_worker_processes_give_the_same_batches():
 
 @pytest.mark.parametrize(("size", "batch"), [(7, 3), (6, 3), (2, 5), (1, 1)])
 def test_evaluation_takes_every_item_once(size, batch):
-    batches = list(eval_batches(Counter(size), batch))
+    batches = list(eval_batches(Counter(size), Share.whole(batch)))
     assert len(batches) == math.ceil(size / batch)
     assert {len(b["index"]) for b in batches} == {batch}
     order = np.concatenate([b["index"] for b in batches])

@@ -23,6 +23,7 @@ from hirescam_jax.data.regions import to_feature_grid
 from hirescam_jax.data.shard import read_at, write_shard
 from hirescam_jax.data.store import Store, grid_affine, write_store
 from hirescam_jax.errors import UserError
+from hirescam_jax.sharding import Share
 
 GRID = (2, 3, 3)
 LABELS, REGIONS, SHAPE = ("nodule", "edema", "stent"), ("lung", "heart"), (4, 6, 6)
@@ -317,7 +318,7 @@ def test_files_are_closed(store):
 
 
 def test_feeds_the_pipeline(store):
-    batches = list(eval_batches(Store(store, "train", GRID), 2))
+    batches = list(eval_batches(Store(store, "train", GRID), Share.whole(2)))
     assert [batch["index"].tolist() for batch in batches] == [[0, 1], [2, 0]]
     assert batches[0]["volume"].shape == (2, *SHAPE)
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
-import jax
 import numpy as np
 
 from hirescam_jax.config import PhantomData, StoreData, nearest
 from hirescam_jax.data.phantom import Phantom
 from hirescam_jax.data.store import Store
 from hirescam_jax.errors import UserError
+from hirescam_jax.sharding import Share
 
 # Stands for "without end": Grain cannot cut its own endless repetition into batches of one.
 EPOCHS = 1_000_000
@@ -110,29 +110,34 @@ class InMemory:
 
 
 def train_batches(
-    source: Source, batch_size: int, *, seed: int, start_step: int = 0, workers: int = 0
+    source: Source, share: Share, *, seed: int, start_step: int = 0, workers: int = 0
 ) -> Iterator[Batch]:
     """This process's part of every batch from `start_step` on, without end.
 
     The global batch of step t is items [t * B, (t + 1) * B) of an endless sequence that is
-    shuffled anew each epoch; of these, process p of P takes every P-th, beginning with p.
+    shuffled anew each epoch; of these a process reads the rows, and of their slices those, that
+    its own devices have.
     """
-    processes = jax.process_count()
-    endless = grain.MapDataset.source(source).seed(seed).shuffle().repeat(EPOCHS)  # type: ignore
-    mine = endless[jax.process_index() :: processes].batch(batch_size // processes, batch_fn=_stack)
-    return iter(_read(mine[start_step:], workers))
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(EPOCHS)
+    steps = order.batch(share.batch_size)[start_step:]
+
+    def load(items: np.ndarray) -> Batch:
+        return _stack([share.cut(source[i]) for i in items[list(share.rows)]])
+
+    return iter(_read(steps.map(load), workers))
 
 
-def eval_batches(source: Source, batch_size: int, *, workers: int = 0) -> Iterator[Batch]:
-    """Every item once, in order. The last batch is filled up with item 0, whose `weight` is 0."""
-    padded = -(-len(source) // batch_size) * batch_size
+def eval_batches(source: Source, share: Share, *, workers: int = 0) -> Iterator[Batch]:
+    """Every item once, in order: this process's part of the batches, as in `train_batches`. The
+    last batch is filled up with item 0, whose `weight` is 0."""
 
-    def item(i: int) -> Batch:
-        real = i < len(source)
-        return {**source[i if real else 0], "weight": np.float32(real)}
+    def load(items: np.ndarray) -> Batch:
+        mine = items[list(share.rows)]
+        batch = _stack([share.cut(source[i if i < len(source) else 0]) for i in mine])
+        return {**batch, "weight": np.float32(mine < len(source))}
 
-    dataset = grain.MapDataset.range(padded).map(item).batch(batch_size, batch_fn=_stack)
-    return iter(_read(dataset, workers))
+    padded = -(-len(source) // share.batch_size) * share.batch_size
+    return iter(_read(grain.MapDataset.range(padded).batch(share.batch_size).map(load), workers))
 
 
 def _stack(items: Sequence[Batch]) -> Batch:

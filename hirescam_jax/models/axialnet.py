@@ -7,7 +7,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hirescam_jax.models.layers import ResNet, conv
+from hirescam_jax import sharding
+from hirescam_jax.models.layers import ResNet, conv, wide
+from hirescam_jax.sharding import DEPTH
 
 
 class AxialNet(nn.Module):
@@ -31,7 +33,12 @@ class AxialNet(nn.Module):
         channels: slices that make one image.
         pool: "mean" or "max" over the slices.
         dtype: compute dtype of the backbone; the head is float32.
+        remat: keep less for the gradient and compute it again, a block at a time: slower by about
+            the time of a forward pass, with a fraction of the memory.
     """
+
+    # Names of the parameters behind the features begin so.
+    head_layers = ("fc",)
 
     num_labels: int = 80
     blocks: tuple[int, ...] = (2, 2, 2, 2)
@@ -42,33 +49,66 @@ class AxialNet(nn.Module):
     channels: int = 3
     pool: Literal["mean", "max"] = "mean"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+
+    @property
+    def depth_unit(self) -> int:
+        """Slices that make one feature cell along the depth; cells do not overlap."""
+        return self.channels
 
     def setup(self):
         if self.pool not in ("mean", "max"):
             raise ValueError(f"pool must be 'mean' or 'max', got {self.pool!r}")
-        self.resnet = ResNet(self.blocks, self.widths, self.stem, jnp.dtype(self.dtype))
+        dtype = jnp.dtype(self.dtype)
+        self.resnet = ResNet(self.blocks, self.widths, self.stem, dtype, self.remat)
         self.convs = [
-            conv(width, 3, padding=self.conv_padding, use_bias=True, dtype=jnp.dtype(self.dtype))
+            conv(width, 3, padding=self.conv_padding, use_bias=True, dtype=dtype)
             for width in self.conv_widths
         ]
         self.fc = nn.Dense(self.num_labels, precision="highest")
 
-    def features(self, volumes: Float[Array, "B *dims"], train: bool = False) -> Array:
-        """Volumes [B, D, H, W] or [B, S, H, W, channels] -> features [B, S, h, w, C], float32."""
+    def features(
+        self, volumes: Float[Array, "B *dims"], train: bool = False, cells: int | None = None
+    ) -> Array:
+        """Volumes [B, D, H, W] or [B, S, H, W, channels] -> features [B, S, h, w, C], float32.
+
+        `cells`: where the slices are split over devices and padded, the S of a whole volume. The
+        features of padding are zero.
+        """
         if volumes.ndim == 4:
             volumes = stack_slices(volumes, self.channels)
         images = volumes.reshape(-1, *volumes.shape[2:])
-        x = self.resnet(images.astype(self.dtype), train)
+        real = sharding.real_cells(volumes.shape[1], cells)
+        real_images = None if real is None else jnp.tile(real, volumes.shape[0])
+        x = self.resnet(images.astype(self.dtype), train, real_images)
         for layer in self.convs:
             x = nn.relu(layer(x))
-        return x.reshape(*volumes.shape[:2], *x.shape[1:]).astype(jnp.float32)
+        x = wide(x.reshape(*volumes.shape[:2], *x.shape[1:]))
+        return x if real is None else jnp.where(real[:, None, None, None], x, 0)
 
-    def head(self, features: Float[Array, "B S h w C"], train: bool = False) -> Array:
-        """Features -> logits [B, K]."""
+    def head(
+        self, features: Float[Array, "B S h w C"], train: bool = False, cells: int | None = None
+    ) -> Array:
+        """Features -> logits [B, K]. `cells` as in `features`."""
+        slices = features.shape[1]
+        real = sharding.real_cells(slices, cells)
         if self.pool == "mean":
             # A linear layer and a mean commute; this order costs one slice instead of S.
-            return self.fc(_flat(features.mean(axis=1)))
-        return self.fc(_flat(features)).max(axis=1)
+            count = cells or slices * sharding.parts(DEPTH)
+            if real is not None:
+                features = jnp.where(real[:, None, None, None], features, 0)
+            return self.fc(_flat(sharding.total(features.sum(axis=1), DEPTH) / count))
+        scores_BSK = self.fc(_flat(features))
+        if real is not None:
+            scores_BSK = jnp.where(real[:, None], scores_BSK, -jnp.inf)
+        if not sharding.split_axes(DEPTH):
+            return scores_BSK.max(axis=1)
+        # As `max` does, equal slices share the gradient.
+        best_BK = sharding.largest(scores_BSK.max(axis=1), DEPTH)
+        wins_BSK = scores_BSK == best_BK[:, None]
+        sums = jnp.where(wins_BSK, scores_BSK, 0).sum(axis=1), wins_BSK.sum(axis=1)
+        score_BK, count_BK = sharding.total(sums, DEPTH)
+        return score_BK / count_BK
 
     def attention_scale(self, grid: Sequence[int]) -> float:
         """What turns HiResCAM into a slice's own attention: the mean over slices is undone."""

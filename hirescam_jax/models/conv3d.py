@@ -1,13 +1,17 @@
 """3DConv: the paper's plain 3D network, the alternative without a slice-wise backbone."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from hirescam_jax.models.layers import Conv3D
+from hirescam_jax import sharding
+from hirescam_jax.models.layers import Conv3D, wide
+from hirescam_jax.sharding import DATA, DEPTH
 
 
 class Conv3DNet(nn.Module):
@@ -34,27 +38,51 @@ class Conv3DNet(nn.Module):
     dropout: float = 0.1
     dtype: Literal["float32", "bfloat16"] = "float32"
 
+    # Names of the parameters behind the features begin so.
+    head_layers = ("hiddens", "fc")
+
+    @property
+    def depth_unit(self) -> int:
+        """Slices that make one feature cell along the depth; cells do not overlap, since each
+        convolution is as wide as its stride."""
+        return 3 ** len(self.widths)
+
     def setup(self):
         dtype = jnp.dtype(self.dtype)
         self.convs = [Conv3D(width, 3, 3, dtype=dtype) for width in self.widths]
         self.narrows = [Conv3D(width, 1, 1, dtype=dtype) for width in self.narrow]
-        self.hiddens = [nn.Dense(width, precision="highest") for width in self.hidden]
-        self.drop = nn.Dropout(self.dropout)
-        self.fc = nn.Dense(self.num_labels, precision="highest")
+        self.hiddens = [
+            nn.Dense(width, precision="highest") if i else DepthDense(width)
+            for i, width in enumerate(self.hidden)
+        ]
+        self.drop = Dropout(self.dropout)
+        last = nn.Dense(self.num_labels, precision="highest")
+        self.fc = last if self.hidden else DepthDense(self.num_labels)
 
-    def features(self, volumes: Float[Array, "B D H W"], train: bool = False) -> Array:
-        """Volumes [B, D, H, W] -> features [B, d, h, w, C], float32."""
+    def features(
+        self, volumes: Float[Array, "B D H W"], train: bool = False, cells: int | None = None
+    ) -> Array:
+        """Volumes [B, D, H, W] -> features [B, d, h, w, C], float32.
+
+        `cells`: where the slices are split over devices and padded, the d of a whole volume. The
+        features of padding are zero.
+        """
         x = volumes[..., None].astype(self.dtype)
         for layer in (*self.convs, *self.narrows):
             x = nn.relu(layer(x))
-        return x.astype(jnp.float32)
+        real = sharding.real_cells(x.shape[1], cells)
+        x = wide(x)
+        return x if real is None else jnp.where(real[:, None, None, None], x, 0)
 
-    def head(self, features: Float[Array, "B d h w C"], train: bool = False) -> Array:
-        """Features -> logits [B, K]."""
-        x = features.reshape(features.shape[0], -1)
-        for layer in self.hiddens:
-            x = self.drop(nn.relu(layer(x)), deterministic=not train)
-        return self.fc(x)
+    def head(
+        self, features: Float[Array, "B d h w C"], train: bool = False, cells: int | None = None
+    ) -> Array:
+        """Features -> logits [B, K]. `cells` as in `features`."""
+        layers: Any = (*self.hiddens, self.fc)
+        x = layers[0](features, cells)
+        for layer in layers[1:]:
+            x = layer(self.drop(nn.relu(x), train))
+        return x
 
     def attention_scale(self, grid: Sequence[int]) -> float:
         """Nothing is averaged behind the features, so HiResCAM is the attention."""
@@ -62,3 +90,45 @@ class Conv3DNet(nn.Module):
 
     def __call__(self, volumes: Float[Array, "B D H W"], train: bool = False) -> Array:
         return self.head(self.features(volumes, train), train)
+
+
+class DepthDense(nn.Module):
+    """A fully connected layer over flattened features, whose depth may be split over devices.
+
+    Variables are those of `nn.Dense` on [B, d * h * w * C].
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B d h w C"], cells: int | None) -> Float[Array, "B F"]:
+        local, rows = x.shape[1], x[0, 0].size
+        whole = cells or local * sharding.parts(DEPTH)
+        shape = (whole * rows, self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        if sharding.split_axes(DEPTH):
+            # Each device multiplies its own cells with their rows; those of padding are zero.
+            padding = (local * sharding.parts(DEPTH) - whole) * rows
+            kernel = jnp.pad(kernel, ((0, padding), (0, 0)))
+            start = sharding.first_cell(local) * rows
+            kernel = lax.dynamic_slice_in_dim(kernel, start, local * rows)
+        y = jnp.dot(x.reshape(x.shape[0], -1), kernel, precision="highest")
+        return sharding.total(y, DEPTH) + bias
+
+
+class Dropout(nn.Module):
+    """Dropout that drops the same, however the batch is split over devices."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B F"], train: bool) -> Float[Array, "B F"]:
+        if not train or self.rate == 0:
+            return x
+        batch, keep = x.shape[0], 1 - self.rate
+        shape = (batch * sharding.parts(DATA), *x.shape[1:])
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
+        if sharding.split_axes(DATA):
+            kept = lax.dynamic_slice_in_dim(kept, lax.axis_index(DATA) * batch, batch)
+        return jnp.where(kept, x / keep, 0)

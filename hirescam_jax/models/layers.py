@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+from hirescam_jax import sharding
+from hirescam_jax.sharding import DATA, DEPTH
 
 # He et al. 2015, fan-out: what torchvision initialises ResNet with.
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
@@ -100,9 +103,11 @@ class BasicBlock(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N H W C"], train: bool) -> Float[Array, "N h w F"]:
+    def __call__(
+        self, x: Float[Array, "N H W C"], train: bool, real: Bool[Array, " N"] | None = None
+    ) -> Float[Array, "N h w F"]:
         def norm(name: str):
-            return partial(BatchNorm(self.dtype, name=name), train=train)
+            return partial(BatchNorm(self.dtype, name=name), train=train, real=real)
 
         y = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv1")(x)
         y = nn.relu(norm("bn1")(y))
@@ -118,27 +123,33 @@ class ResNet(nn.Module):
 
     The defaults are ResNet-18. `stem` is "imagenet" (7x7 stride 2, max-pool stride 2; total
     stride 32) or "small" (3x3 stride 2, no pool; total stride 2^len(widths)) for small images.
+    `remat` keeps only the input of each block for the gradient and computes the rest again.
     """
 
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     widths: tuple[int, ...] = (64, 128, 256, 512)
     stem: str = "imagenet"
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N H W C"], train: bool) -> Float[Array, "N h w F"]:
+    def __call__(
+        self, x: Float[Array, "N H W C"], train: bool, real: Bool[Array, " N"] | None = None
+    ) -> Float[Array, "N h w F"]:
+        """`real` marks the images that count in BatchNorm's statistics; None: all."""
         if self.stem not in ("imagenet", "small"):
             raise ValueError(f"stem must be 'imagenet' or 'small', got {self.stem!r}")
         kernel = 7 if self.stem == "imagenet" else 3
         x = conv(self.widths[0], kernel, 2, dtype=self.dtype, name="conv1")(x)
-        x = nn.relu(BatchNorm(self.dtype, name="bn1")(x, train))
+        x = nn.relu(BatchNorm(self.dtype, name="bn1")(x, train, real))
         if self.stem == "imagenet":
             x = max_pool(x)
+        block = nn.remat(BasicBlock, static_argnums=(2,)) if self.remat else BasicBlock
         for stage, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True)):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
                 name = f"layer{stage + 1}_{i}"
-                x = BasicBlock(width, stride, self.dtype, name=name)(x, train)
+                x = block(width, stride, self.dtype, name=name)(x, train, real)
         return x
 
 
@@ -164,14 +175,18 @@ class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last (Ioffe & Szegedy 2015), as PyTorch has it.
 
     Variables are those of `nn.BatchNorm`; its running variance is the biased one, this one
-    PyTorch's. Statistics are float32 at least, whatever the compute dtype.
+    PyTorch's. Statistics are float32 at least, whatever the compute dtype, and under `shard_map`
+    those of the whole batch, over all devices.
     """
 
     dtype: DTypeLike = jnp.float32
     momentum: float = 0.1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch C"], train: bool) -> Float[Array, "*batch C"]:
+    def __call__(
+        self, x: Float[Array, "N *grid C"], train: bool, real: Bool[Array, " N"] | None = None
+    ) -> Float[Array, "N *grid C"]:
+        """`real` marks the examples that count in the statistics; None: all."""
         channels = x.shape[-1]
         mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(channels))
         var = self.variable("batch_stats", "var", lambda: jnp.ones(channels))
@@ -180,10 +195,10 @@ class BatchNorm(nn.Module):
         if not train:
             factor = scale * lax.rsqrt(var.value + BN_EPSILON)
             return ((x - mean.value) * factor + bias).astype(self.dtype)
-        y, batch_mean, batch_var = normalize_batch(x, scale, bias)
+        scale, bias = sharding.own((scale, bias), DATA, DEPTH)
+        y, batch_mean, batch_var, count = normalize_batch(x, scale, bias, real)
         if not self.is_initializing():
-            count = x.size // channels
-            unbiased = batch_var * (count / max(count - 1, 1))
+            unbiased = batch_var * (count / jnp.maximum(count - 1, 1))
             mean.value += self.momentum * (batch_mean - mean.value)
             var.value += self.momentum * (unbiased - var.value)
         return y.astype(self.dtype)
@@ -191,37 +206,53 @@ class BatchNorm(nn.Module):
 
 @jax.custom_vjp
 def normalize_batch(
-    x: Float[Array, "*batch C"], scale: Channels, bias: Channels
-) -> tuple[Float[Array, "*batch C"], Channels, Channels]:
-    """(x normalised over the batch, mean, biased variance); no gradient through the last two.
+    x: Float[Array, "N *grid C"],
+    scale: Channels,
+    bias: Channels,
+    real: Bool[Array, " N"] | None = None,
+) -> tuple[Float[Array, "N *grid C"], Channels, Channels, Float[Array, ""]]:
+    """(x normalised over the batch, mean, biased variance, values a channel); no gradient through
+    the last three. The batch is that of all devices, without examples that are not `real`.
 
     The gradient by hand takes two sums in one pass and keeps only x; the traced one keeps more
     arrays of x's size and passes over them more often.
     """
-    return _normalize_forward(x, scale, bias)[0]
+    return _normalize_forward(x, scale, bias, real)[0]
 
 
-def _normalize_forward(x: Array, scale: Array, bias: Array) -> tuple:
-    wide, axes = _wide(x), tuple(range(x.ndim - 1))
-    mean = wide.mean(axes)
-    var = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0)
+def _normalize_forward(x: Array, scale: Array, bias: Array, real: Array | None) -> tuple:
+    x_wide, axes = wide(x), tuple(range(x.ndim - 1))
+    counted = _where_real(real, x_wide)
+    count = jnp.asarray(x.size // x.shape[-1] * sharding.parts(DATA, DEPTH), x_wide.dtype)
+    if real is not None:
+        each = x.size // (x.shape[-1] * x.shape[0])
+        count = sharding.total(real.sum(dtype=x_wide.dtype) * each, DATA, DEPTH)
+    sums = sharding.total((counted.sum(axes), (counted * x_wide).sum(axes)), DATA, DEPTH)
+    mean, square = (s / count for s in sums)
+    var = jnp.maximum(square - mean * mean, 0)
     inverse = lax.rsqrt(var + BN_EPSILON)
-    y = ((wide - mean) * (scale * inverse) + bias).astype(x.dtype)
-    return (y, mean, var), (x, scale, mean, inverse)
+    y = ((x_wide - mean) * (scale * inverse) + bias).astype(x.dtype)
+    return (y, mean, var, count), (x, scale, mean, inverse, real, count)
 
 
 def _normalize_backward(saved: tuple, cotangents: tuple) -> tuple:
-    x, scale, mean, inverse = saved
-    grad, centred = _wide(cotangents[0]), _wide(x) - mean
-    axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
-    grad_bias = grad.sum(axes)
-    grad_scale = (grad * centred).sum(axes) * inverse
-    factor = scale * inverse
-    grad_x = (grad - grad_bias / count - centred * (inverse * grad_scale / count)) * factor
-    return grad_x.astype(x.dtype), grad_scale, grad_bias
+    x, scale, mean, inverse, real, count = saved
+    grad, centred = wide(cotangents[0]), wide(x) - mean
+    axes = tuple(range(x.ndim - 1))
+    # What is not real has no gradient from above; these are the device's own parts of the sums.
+    sums = (grad.sum(axes), (grad * centred).sum(axes))
+    grad_sum, product_sum = sharding.total(sums, DATA, DEPTH)
+    spread = centred * (inverse * inverse * product_sum / count)
+    grad_x = _where_real(real, (grad - grad_sum / count - spread) * (scale * inverse))
+    return grad_x.astype(x.dtype), sums[1] * inverse, sums[0], None
 
 
-def _wide(x: Array) -> Array:
+def _where_real(real: Array | None, x: Array) -> Array:
+    return x if real is None else jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+
+
+def wide(x: Array) -> Array:
+    """In float32 at least."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -1,0 +1,116 @@
+"""One train step and the maps of a batch on every mesh of 8 CPU devices; run by test_sharding.py.
+
+    python mesh_program.py OUT.npz MODEL float32|float64 [MESH ...]
+
+Writes, for each mesh "data,depth" ("1" is one device without any mesh), the loss, the gradient norm,
+the maps and everything that a step changes.
+"""
+
+import dataclasses
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hirescam_jax.config import SGD, Config
+from hirescam_jax.evaluate import explain_step
+from hirescam_jax.models import AxialNet, Conv3DNet
+from hirescam_jax.preprocess import Preprocess
+from hirescam_jax.sharding import Layout, make_mesh
+from hirescam_jax.train import (
+    eval_step,
+    feature_grid,
+    init_state,
+    make_optimizer,
+    on_mesh,
+    train_step,
+)
+
+LABELS, REGIONS, BATCH = 5, 3, 8
+# Neither 10 images nor 3 cells (and 2 slices) divide over 4 or 8 devices.
+MODELS = {
+    "axialnet": (AxialNet(LABELS, (1, 1), (4, 8), "small", (6,), "SAME"), (30, 16, 16)),
+    "axialnet-max": (
+        AxialNet(LABELS, (1,), (4,), "small", (6,), "SAME", pool="max", remat=True),
+        (30, 16, 16),
+    ),
+    "conv3d": (Conv3DNet(LABELS, widths=(4, 6), narrow=(5,), hidden=(8, 6)), (29, 27, 27)),
+}
+
+
+def config_of(name: str, micro_batches: int = 1) -> tuple[Config, tuple[int, ...]]:
+    model, shape = MODELS[name]
+    config = Config(
+        model=model,
+        preprocess=Preprocess(flip=0.7, rotate=0.5),
+        optimizer=SGD(learning_rate=0.1),
+        batch_size=BATCH,
+        micro_batches=micro_batches,
+    )
+    return config, shape
+
+
+def batch_of(config: Config, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    grid = feature_grid(config.model, shape)
+    return {
+        "volume": rng.integers(-1000, 1000, (BATCH, *shape), dtype=np.int16),
+        "findings": (rng.random((BATCH, LABELS, REGIONS)) < 0.3).astype(np.uint8),
+        "regions": (rng.random((BATCH, REGIONS, *grid)) < 0.5).astype(np.uint8),
+        "index": np.arange(BATCH, dtype=np.int32) + 3,
+    }
+
+
+def laid_out(layout: Layout, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    items = [layout.share.cut({n: v[row] for n, v in batch.items()}) for row in layout.share.rows]
+    return layout.to_devices({name: np.stack([i[name] for i in items]) for name in batch})
+
+
+def results(name: str, mesh: str, dtype: str, micro_batches: int = 1) -> dict[str, np.ndarray]:
+    config, shape = config_of(name, micro_batches)
+    if dtype == "float64":
+        config = dataclasses.replace(config, model=config.model.clone(dtype="float64"))
+    optimizer = make_optimizer(config, 10)
+    state = init_state(config, optimizer, shape)
+    state = jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+    )
+    batch = batch_of(config, shape)
+    weighted = {**batch, "weight": np.ones(BATCH, np.float32)}
+    grid = feature_grid(config.model, shape)
+    unit = config.model.depth_unit
+    if mesh == "1":
+        layout = Layout(make_mesh(1, jax.devices()[:1]), BATCH, shape, grid, unit)
+        placed, placed_weighted = jax.device_put(batch), jax.device_put(weighted)
+        step = jax.jit(partial(train_step, config=config, optimizer=optimizer))
+        sums = jax.jit(partial(eval_step, config=config))(state.variables, placed_weighted)
+    else:
+        data, depth = map(int, mesh.split(","))
+        layout = Layout(make_mesh(depth), BATCH, shape, grid, unit, micro_batches)
+        assert dict(layout.mesh.shape) == {"data": data, "depth": depth}
+        placed, placed_weighted = laid_out(layout, batch), laid_out(layout, weighted)
+        step = on_mesh(train_step, layout, config=config, optimizer=optimizer)
+        sums = on_mesh(eval_step, layout, config=config)(state.variables, placed_weighted)
+    explain = jax.jit(partial(explain_step, config=config, layout=layout))
+    logits, maps = explain(state.variables, placed["volume"])
+    new, metrics = step(state, placed)
+    tree = {"metrics": metrics, "sums": sums, "logits": logits, "maps": maps, "state": new}
+    return {
+        f"{mesh}/{jax.tree_util.keystr(path)}": np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def main(out: str, name: str, dtype: str, *meshes: str) -> None:
+    if dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    arrays: dict[str, np.ndarray] = {}
+    for mesh in meshes:
+        arrays |= results(name, mesh, dtype)
+    np.savez(out, allow_pickle=False, **arrays)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
