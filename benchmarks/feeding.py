@@ -53,8 +53,8 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     from common import Timing, interleave, machine_line, write_results
 
     from hirescam_jax.data.pipeline import train_batches
-    from hirescam_jax.sharding import Share
     from hirescam_jax.data.store import Store
+    from hirescam_jax.sharding import Share
 
     cores = len(os.sched_getaffinity(0))
     shape = tuple(args.shape)

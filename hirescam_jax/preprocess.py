@@ -62,10 +62,11 @@ def augment(
 
     def draw(key: Array) -> tuple[Array, Array]:
         flip_key, axis_key, rotate_key, turns_key = jax.random.split(key, 4)
-        flip = jax.random.bernoulli(flip_key, settings.flip)
-        axis = jnp.where(flip, jax.random.randint(axis_key, (), 0, 3), -1)
-        rotate = jax.random.bernoulli(rotate_key, settings.rotate)
-        turns = jnp.where(rotate, jax.random.randint(turns_key, (), 1, 4), 0)
+        # With these dtypes 64-bit JAX draws the same.
+        flip = jax.random.bernoulli(flip_key, jnp.float32(settings.flip))
+        axis = jnp.where(flip, jax.random.randint(axis_key, (), 0, 3, jnp.int32), -1)
+        rotate = jax.random.bernoulli(rotate_key, jnp.float32(settings.rotate))
+        turns = jnp.where(rotate, jax.random.randint(turns_key, (), 1, 4, jnp.int32), 0)
         return axis, turns
 
     if settings.flip == 0 and settings.rotate == 0:

@@ -147,12 +147,14 @@ def attention_scale(model: Any, features: Array, cells: int | None) -> float:
 
 
 def over_layers(function: Callable, model: Any, tree: dict[str, Any]) -> dict[str, Any]:
-    """Applies `sharding.own` or `total`: over both axes to the parameters of the features, over
-    `data` alone to those of the head, which each device along the depth uses in the same way."""
-    return {
-        name: function(layer, DATA, *(() if name.startswith(model.head_layers) else (DEPTH,)))
-        for name, layer in tree.items()
-    }
+    """Applies `sharding.own` or `total`: over both axes to parameters that each device uses on its
+    own slices, over `data` alone to those that all along the depth use in the same way."""
+
+    def of_one(path: Any, leaf: Array) -> Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return function(leaf, DATA, *(() if model.behind_depth(name) else (DEPTH,)))
+
+    return jax.tree_util.tree_map_with_path(of_one, tree)
 
 
 def eval_step(

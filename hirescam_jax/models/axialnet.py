@@ -37,9 +37,6 @@ class AxialNet(nn.Module):
             the time of a forward pass, with a fraction of the memory.
     """
 
-    # Names of the parameters behind the features begin so.
-    head_layers = ("fc",)
-
     num_labels: int = 80
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     widths: tuple[int, ...] = (64, 128, 256, 512)
@@ -55,6 +52,10 @@ class AxialNet(nn.Module):
     def depth_unit(self) -> int:
         """Slices that make one feature cell along the depth; cells do not overlap."""
         return self.channels
+
+    def behind_depth(self, name: str) -> bool:
+        """Whether a parameter ("fc/kernel", say) acts on what all slices were summed to."""
+        return self.pool == "mean" and name.startswith("fc/")
 
     def setup(self):
         if self.pool not in ("mean", "max"):
@@ -96,7 +97,8 @@ class AxialNet(nn.Module):
             # A linear layer and a mean commute; this order costs one slice instead of S.
             count = cells or slices * sharding.parts(DEPTH)
             if real is not None:
-                features = jnp.where(real[:, None, None, None], features, 0)
+                # No part of the map; a product, so that the head is seen to be affine.
+                features = features * real[:, None, None, None]
             return self.fc(_flat(sharding.total(features.sum(axis=1), DEPTH) / count))
         scores_BSK = self.fc(_flat(features))
         if real is not None:

@@ -38,14 +38,16 @@ class Conv3DNet(nn.Module):
     dropout: float = 0.1
     dtype: Literal["float32", "bfloat16"] = "float32"
 
-    # Names of the parameters behind the features begin so.
-    head_layers = ("hiddens", "fc")
-
     @property
     def depth_unit(self) -> int:
         """Slices that make one feature cell along the depth; cells do not overlap, since each
         convolution is as wide as its stride."""
         return 3 ** len(self.widths)
+
+    def behind_depth(self, name: str) -> bool:
+        """Whether a parameter ("fc/kernel", say) acts on what all slices were summed to."""
+        first = "hiddens_0/kernel" if self.hidden else "fc/kernel"
+        return name.startswith(("hiddens", "fc")) and name != first
 
     def setup(self):
         dtype = jnp.dtype(self.dtype)
@@ -128,7 +130,7 @@ class Dropout(nn.Module):
             return x
         batch, keep = x.shape[0], 1 - self.rate
         shape = (batch * sharding.parts(DATA), *x.shape[1:])
-        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), jnp.float32(keep), shape)
         if sharding.split_axes(DATA):
             kept = lax.dynamic_slice_in_dim(kept, lax.axis_index(DATA) * batch, batch)
         return jnp.where(kept, x / keep, 0)

@@ -1,0 +1,204 @@
+"""What a compiled step costs, read from the program itself: arithmetic, memory, communication."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from hirescam_jax import sharding
+from hirescam_jax.config import Config
+from hirescam_jax.sharding import Layout
+from hirescam_jax.train import init_state, make_optimizer, on_mesh, open_layout, train_step
+
+KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+_COLLECTIVE = re.compile(rf"= (?P<type>.+?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
+_BITS = re.compile(r"\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange between devices in a compiled program.
+
+    Attributes:
+        kind: one of `KINDS`.
+        arrays: what each device gives: (dtype, shape) of each array.
+        devices: in a group that exchanges.
+        name: of the operation in the source.
+    """
+
+    kind: str
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    devices: int
+    name: str
+
+    @property
+    def payload(self) -> int:
+        """Bytes that each device gives."""
+        return sum(_itemsize(dtype) * math.prod(shape) for dtype, shape in self.arrays)
+
+    @property
+    def sent(self) -> float:
+        """Bytes a device sends at least: a ring all-reduce passes on everything almost twice."""
+        if self.kind == "collective-permute":
+            return self.payload
+        passes = 2 if self.kind == "all-reduce" else 1
+        return passes * self.payload * (self.devices - 1) / self.devices
+
+
+def collectives(program: str) -> list[Collective]:
+    """All exchanges in an optimised HLO text (`compiled.as_text()`), but those of a device with
+    itself."""
+    found = []
+    for line in program.splitlines():
+        match = _COLLECTIVE.search(line)
+        if match is None:
+            continue
+        arrays = [
+            (dtype, tuple(int(n) for n in shape.split(",") if n))
+            for dtype, shape in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", match["type"]))
+        ]
+        if match["start"] and match["kind"] != "all-reduce":
+            arrays = arrays[:1]  # operand, result and flags
+        name = re.search(r'op_name="([^"]*)"', line)
+        one = Collective(match["kind"], tuple(arrays), _group(line), name[1] if name else "")
+        if one.devices > 1:
+            found.append(one)
+    return found
+
+
+def _group(line: str) -> int:
+    """Devices in a group; for a permutation, 1 if each sends to itself alone."""
+    if pairs := re.search(r"source_target_pairs=\{([\d,{}]*)\}", line):
+        moves = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+        return 2 if any(a != b for a, b in moves) else 1
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(iota[2])
+    if first := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return len(first[1].split(","))
+    return jax.device_count()
+
+
+def _itemsize(dtype: str) -> int:
+    bits = _BITS.search(dtype)
+    return max(1, int(bits[0]) // 8) if bits else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Of one train step on one device.
+
+    flops, bytes_accessed: XLA's count of operations, and of bytes as if there were no cache.
+    memory: most bytes at once, as XLA plans it: state, batch and temporaries.
+    temporary: the part of them that only lives during the step.
+    exchanges: between devices.
+    """
+
+    flops: float
+    bytes_accessed: float
+    memory: int
+    temporary: int
+    exchanges: tuple[Collective, ...]
+
+
+def step_cost(config: Config, layout: Layout, labels: int, regions: int) -> StepCost:
+    """Compiles the train step of a config for a mesh, without data, and without running it."""
+    optimizer = make_optimizer(config, 1000)
+    config = dataclasses.replace(config, model=config.model.clone(num_labels=labels))
+    everywhere = sharding.replicated(layout.mesh)
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(partial(init_state, config, optimizer, tuple(layout.shape))),
+    )
+    size, grid = layout.batch_size, layout.grid
+    shapes = {
+        "volume": ((size, *layout.padded_shape), np.int16),
+        "findings": ((size, labels, regions), np.uint8),
+        "regions": ((size, regions, layout.padded_cells, *grid[1:]), np.uint8),
+        "index": ((size,), np.int32),
+    }
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            shape,
+            dtype,
+            sharding=jax.sharding.NamedSharding(layout.mesh, sharding.SPECS[name]),
+        )
+        for name, (shape, dtype) in shapes.items()
+    }
+    step = on_mesh(train_step, layout, config=config, optimizer=optimizer)
+    compiled = step.lower(state, batch).compile()
+    analysis: Any = compiled.cost_analysis() or {}
+    memory: Any = compiled.memory_analysis()
+    outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return StepCost(
+        flops=analysis.get("flops", 0.0),
+        bytes_accessed=analysis.get("bytes accessed", 0.0),
+        memory=int(memory.temp_size_in_bytes + outside - memory.alias_size_in_bytes),
+        temporary=int(memory.temp_size_in_bytes),
+        exchanges=tuple(collectives(compiled.as_text())),
+    )
+
+
+def largest_batch(memory_of: Callable[[int], int], step: int, limit: float) -> int:
+    """The largest multiple of `step` whose memory fits; 0 if one `step` does not.
+
+    Memory is nearly a straight line of the batch, so a few programs tell: the line through two
+    points gives a guess, which is compiled, and corrected until its neighbour does not fit.
+    """
+    known = {step: memory_of(step)}
+    if known[step] > limit:
+        return 0
+    known[2 * step] = memory_of(2 * step)
+    while True:
+        low, high = sorted(known)[-2:]
+        slope = max(1.0, (known[high] - known[low]) / (high - low))
+        fitting = max(b for b, m in known.items() if m <= limit)
+        above = [b for b, m in known.items() if m > limit]
+        guess = int((low + (limit - known[low]) / slope) // step * step)
+        guess = max(guess, fitting + step)
+        if above:
+            guess = min(guess, min(above) - step)
+        if guess <= fitting or guess in known:
+            return fitting
+        known[guess] = memory_of(guess)
+
+
+def dry_run(
+    config: Config, shape: Sequence[int], labels: int, regions: int, memory_gib: float
+) -> str:
+    """What a train step costs a device, as text; and the largest batch for `memory_gib` GiB."""
+    layout = open_layout(config, tuple(shape))
+    cost = step_cost(config, layout, labels, regions)
+    devices = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
+    kind = layout.mesh.devices.flat[0]
+    lines = [
+        f"one step of batch {config.batch_size}, volumes of {' x '.join(map(str, shape))}, on a "
+        f"mesh of {devices} ({kind.platform} {kind.device_kind}); a device:",
+        f"  arithmetic     {cost.flops / 1e12:.3g} TFLOP",
+        f"  bytes          {cost.bytes_accessed / 1e9:.3g} GB, counted as if there were no cache",
+        f"  memory         {cost.memory / 2**30:.3g} GiB, {cost.temporary / 2**30:.3g} of it "
+        "only during the step",
+    ]
+    sent = sum(exchange.sent for exchange in cost.exchanges)
+    lines.append(f"  communication  {sent / 1e6:.3g} MB in {len(cost.exchanges)} exchanges")
+    for exchange in sorted(cost.exchanges, key=lambda e: -e.sent)[:3]:
+        lines.append(
+            f"    {exchange.kind} of {exchange.payload / 1e6:.3g} MB between {exchange.devices}"
+        )
+
+    def memory_of(batch: int) -> int:
+        bigger = dataclasses.replace(config, batch_size=batch)
+        return step_cost(bigger, open_layout(bigger, tuple(shape)), labels, regions).memory
+
+    unit = layout.mesh.shape[sharding.DATA] * config.micro_batches
+    best = largest_batch(memory_of, unit, memory_gib * 2**30)
+    verdict = f"batch {best}" if best else f"none: not even a batch of {unit}"
+    lines.append(
+        f"largest batch in {memory_gib:g} GiB a device, by this compiler's plan: {verdict}"
+    )
+    return "\n".join(lines)
