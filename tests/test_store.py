@@ -16,6 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from hirescam_jax import cli
 from hirescam_jax.config import StoreData
+from hirescam_jax.data import codec
 from hirescam_jax.data.codec import Encoded, Record, encode
 from hirescam_jax.data.inspect_store import HU_EDGES, _thumbnail, inspect_store
 from hirescam_jax.data.pipeline import eval_batches, open_split
@@ -104,6 +105,34 @@ def test_decodes_into_a_given_array():
         Encoded(encode(wanted)).volume(np.zeros((2, 2, 2), np.int16))
 
 
+@pytest.mark.parametrize("frame_bytes", [1, 3000, 2**20])
+def test_slices_are_those_of_the_whole(monkeypatch, frame_bytes):
+    """Frames of one slice, of three and of all nine."""
+    monkeypatch.setattr(codec, "FRAME_BYTES", frame_bytes)
+    wanted = record()
+    encoded = Encoded(encode(wanted))
+    for start, stop in itertools.combinations_with_replacement(range(10), 2):
+        found = encoded.volume(slices=slice(start, stop))
+        np.testing.assert_array_equal(found, wanted.volume[start:stop])
+        out = np.zeros((stop - start, 21, 34), np.int16)
+        assert encoded.volume(out, slice(start, stop)) is out
+        np.testing.assert_array_equal(out, wanted.volume[start:stop])
+
+
+def test_frames_without_wanted_slices_are_not_decompressed(monkeypatch):
+    monkeypatch.setattr(codec, "FRAME_BYTES", 3000)  # three slices of 21 x 34 voxels
+    data = bytearray(encode(record()))
+    end = len(data) - len(Encoded(bytes(data))._frames[-1])
+    size = len(Encoded(bytes(data))._frames[1])
+    data[end - size : end] = bytes(size)
+    broken = Encoded(bytes(data))
+    for wanted in (slice(0, 3), slice(1, 2), slice(6, 9), slice(8, 9)):
+        np.testing.assert_array_equal(broken.volume(slices=wanted), record().volume[wanted])
+    for wanted in (slice(0, 4), slice(5, 7), slice(None)):
+        with pytest.raises(ValueError, match="lengths of a compressed array"):
+            broken.volume(slices=wanted)
+
+
 @pytest.mark.parametrize("method", ["nearest", "area", "trilinear"])
 @pytest.mark.parametrize("grid", [(9, 21, 34), (3, 6, 6), (4, 5, 3), (12, 30, 40), (1, 1, 1)])
 @pytest.mark.parametrize("dilate", [False, True])
@@ -135,7 +164,7 @@ def test_cut_records_are_refused(cut):
 
 def test_a_compressed_array_that_claims_another_size_is_refused():
     data = bytearray(encode(record()))
-    position = len(data) - len(Encoded(bytes(data))._voxels)
+    position = len(data) - len(Encoded(bytes(data))._frames[-1])
     data[position + 4 : position + 8] = (2**31 - 1).to_bytes(4, "little")
     with pytest.raises(ValueError, match="lengths of a compressed array"):
         Encoded(bytes(data)).volume()
@@ -282,6 +311,13 @@ def test_reads_into_a_given_array(store):
     np.testing.assert_array_equal(out, list(cases(3))[2][1])
 
 
+def test_reads_some_slices(store):
+    source, whole = Store(store, "train", GRID), next(cases(1))
+    item = source.read(0, slices=slice(1, 3))
+    np.testing.assert_array_equal(item["volume"], whole[1][1:3])
+    np.testing.assert_array_equal(item["regions"], source[0]["regions"])
+
+
 def test_pickled_store_reads_on(store):
     source = Store(store, "train", GRID)
     first = source[0]
@@ -320,6 +356,44 @@ def test_feeds_the_pipeline(store):
     batches = list(eval_batches(Store(store, "train", GRID), 2))
     assert [batch["index"].tolist() for batch in batches] == [[0, 1], [2, 0]]
     assert batches[0]["volume"].shape == (2, *SHAPE)
+
+
+def test_chosen_labels_are_decoded_into_batches_too(store):
+    source = open_split(StoreData(str(store)), "train", GRID, ("stent", "nodule"))
+    (batch,) = eval_batches(source, 3)
+    whole = list(cases(3))
+    np.testing.assert_array_equal(batch["volume"], [case[1] for case in whole])
+    np.testing.assert_array_equal(batch["findings"], [case[2][[2, 0]] for case in whole])
+
+
+WORKERS = """
+import sys, jax, numpy as np
+from itertools import islice
+from hirescam_jax.data.pipeline import eval_batches, train_batches
+from hirescam_jax.data.store import Store
+
+source = Store(sys.argv[1], "train", (2, 3, 3))
+for size in (1, 2):
+    kept = []
+    for plain, worked in (
+        [train_batches(source, size, seed=2, workers=n) for n in (0, 2)],
+        [eval_batches(source, size, workers=n) for n in (0, 2)],
+    ):
+        pairs = list(islice(zip(plain, worked), 6))  # kept, to be compared when all are made
+        for a, b in pairs:
+            jax.tree.map(np.testing.assert_array_equal, a, b)
+        kept.append(len(pairs))
+    print(*kept)
+"""
+
+
+@pytest.mark.slow
+def test_worker_processes_hand_over_their_batches(store):
+    """In an interpreter without executed annotations, which no worker process could be sent."""
+    command = [sys.executable, "-c", WORKERS, str(store)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["6", "3", "6", "2"]
 
 
 def test_store_that_exists_is_not_overwritten(store):
@@ -415,8 +489,8 @@ def test_record_of_other_labels(store):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2, this version reads 1"),
-        ({"format": None}, "format None, this version reads 1"),
+        ({"format": 1}, "format 1, this version reads 2"),
+        ({"format": None}, "format None, this version reads 2"),
         ({"labels": None}, "no field labels"),
         ({"labels": "nodule"}, "no field labels, or not of its type"),
         ({"splits": {"train": []}}, "split 'train' is missing or empty"),
