@@ -5,12 +5,14 @@
 
 Prepares copies of one real CT at the paper's 405 x 420 x 420 voxels of 0.8 mm and reads them back
 from the page cache, so that the disk has no say. "bound" is Blosc alone, decoding the same voxels
-in as many threads as there are cores. Where MONAI is installed (pip install monai) it reads the
+in as many threads as there are cores. Batches are decoded in place; "copied" makes them by np.stack
+instead. Where MONAI is installed (pip install monai) it reads the
 same CT in two ways: the original file with its transforms, and its PersistentDataset, a cache of
 the transformed tensors. Both with DataLoader, one worker process a core.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import os
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, help="use so many; default all")
     parser.add_argument("--volumes", type=int, default=6, help="copies in the store")
     parser.add_argument("--fed", type=int, default=8, help="volumes a measurement of a pipeline")
+    parser.add_argument("--batches", type=int, nargs="*", default=(2, 4), metavar="B")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shape", type=int, nargs=3, default=(405, 420, 420), metavar="N")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -50,9 +53,9 @@ def main() -> None:
 def run(args: argparse.Namespace, folder: Path) -> None:
     import jax
     import numpy as np
-    from common import Timing, interleave, machine_line, write_results
+    from common import Timing, interleave, machine_line, ratio, write_results
 
-    from hirescam_jax.data.pipeline import train_batches
+    from hirescam_jax.data.pipeline import make_batch, train_batches
     from hirescam_jax.data.store import Store
     from hirescam_jax.sharding import Share
 
@@ -80,16 +83,28 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         "bound": bound,
         "store": items,
     }
+
+    def copied(size: int) -> Any:
+        return np.stack([store[i % len(store)]["volume"] for i in range(size)])
+
+    def in_place(size: int) -> Any:
+        return make_batch(store, [i % len(store) for i in range(size)])["volume"]
+
+    volumes = dict.fromkeys(programs, 1) | {"bound": cores, "store": cores}
+    for size in args.batches:
+        for name, program in (("batch of {}", in_place), ("batch of {}, copied", copied)):
+            programs[name.format(size)] = functools.partial(program, size)
+            volumes[name.format(size)] = size
     times: dict[str, Timing] = interleave(programs, 3 * args.repeats)
-    rates = {name: 1 / timing.median for name, timing in times.items()}
-    for name in ("bound", "store"):
-        rates[name] *= cores
+    rates = {name: volumes[name] / timing.median for name, timing in times.items()}
+
+    def pipeline(size: int) -> Iterator[Any]:
+        for batch in train_batches(store, Share.whole(size), seed=0):
+            yield jax.device_put(batch["volume"])
 
     feeds: dict[str, Callable[[], Iterator[Any]]] = {
-        "pipeline": lambda: (
-            jax.device_put(batch["volume"])
-            for batch in train_batches(store, Share.whole(1), seed=0)
-        )
+        "pipeline" if size == 1 else f"pipeline, batch {size}": functools.partial(pipeline, size)
+        for size in (1, *args.batches)
     }
     disk = {"store": sum(f.stat().st_size for f in store_path.iterdir()) / args.volumes}
     if importlib.util.find_spec("monai"):
@@ -112,6 +127,9 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     for name, size in disk.items():
         print(f"  {name}: {size / 1e6:.0f} MB a volume on disk, voxels are {raw:.0f} MB")
     ratios = {"store / bound": rates["store"] / rates["bound"]}
+    for size in args.batches:
+        name = f"batch of {size}"
+        ratios[f"{name}: copied / in place"] = ratio(times[f"{name}, copied"], times[name])
     for name in ("MONAI files", "MONAI PersistentDataset"):
         if name in rates:
             ratios[f"pipeline / {name}"] = rates["pipeline"] / rates[name]
@@ -153,15 +171,17 @@ def prepare(ct: Path, folder: Path, count: int, shape: tuple[int, ...]) -> tuple
 
 
 def seconds_a_volume(feed: Iterator[Any], count: int) -> float:
-    """Of `count` volumes after the first ones, which find the pipeline empty."""
+    """Of `count` volumes or a few more, after the first ones, which find the pipeline empty."""
     import jax
 
+    size = len(jax.block_until_ready(next(feed)))
     for _ in range(4):
         jax.block_until_ready(next(feed))
+    batches = -(-count // size)
     start = time.perf_counter()
-    for _ in range(count):
+    for _ in range(batches):
         jax.block_until_ready(next(feed))
-    return (time.perf_counter() - start) / count
+    return (time.perf_counter() - start) / (batches * size)
 
 
 def monai_feeds(

@@ -113,12 +113,11 @@ def explain(
     from hirescam_jax.checkpoint import load_run
     from hirescam_jax.explain_files import explain_files
 
-    names = [name.strip() for name in labels.split(",") if name.strip()]
     explain_files(
         load_run(run),
         input,
         out,
-        labels=names,
+        labels=_names(labels),
         method=method,
         grid=grid,
         batch_size=batch_size,
@@ -247,6 +246,10 @@ def prepare(
         sys.exit(1)
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _part(text: str) -> tuple[int, int]:
     try:
         number, count = map(int, text.split("/"))
@@ -307,6 +310,7 @@ def lesions(
     seed: int = 0,
     patient: Literal["copy", "ct"] = "copy",
     chance: float = 0.4,
+    labels: str = "",
     workers: int | None = None,
 ) -> None:
     """Write copies of real CTs with synthetic lesions of known place: a check of a whole pipeline.
@@ -319,14 +323,65 @@ def lesions(
         patient: "copy" spreads the copies of a CT over train, val and test; "ct" keeps them
             together, which needs three CTs or more.
         chance: of each kind of lesion in each copy.
+        labels: names with commas between them of the kinds to place; default all.
         workers: processes, one a core by default; 0 works in this one.
     """
     from hirescam_jax.data.lesion_folder import make_lesion_folder
+    from hirescam_jax.data.lesions import LABELS
 
     make_lesion_folder(
-        out, cts, copies=copies, seed=seed, patient=patient, chance=chance, workers=workers
+        out,
+        cts,
+        copies=copies,
+        seed=seed,
+        patient=patient,
+        chance=chance,
+        labels=_names(labels) or LABELS,
+        workers=workers,
     )
     print(out)
+
+
+def localize(
+    explained: tyro.conf.Positional[Path],
+    masks: Path,
+    label_map: Path,
+    out: Path | None = None,
+    method: Literal["hirescam", "gradcam"] = "hirescam",
+    suffix: str = "_lesions",
+    organ_suffix: str = "_regions",
+    tolerance_mm: float = 0.0,
+) -> None:
+    """Compare written maps with masks of lesions: pointing game and energy, beside the maps of
+    other volumes and uniform maps of the organ and of the whole volume.
+
+    Args:
+        explained: folder of `hirescam explain --grid input`.
+        masks: folder of label maps <id>SUFFIX.nii.gz on the grids of the CTs.
+        label_map: JSON, label -> its numbers in those; `hirescam lesions` writes lesions.json.
+        out: a CSV file of all pairs of volume and label.
+        method: of the maps.
+        suffix: of the masks of lesions, between id and .nii.gz.
+        organ_suffix: of the masks of organs, where there are any.
+        tolerance_mm: so near to a lesion counts as on it.
+    """
+    from hirescam_jax import localize as localization
+
+    if out is not None and out.exists():
+        raise UserError(f"{out}: exists; choose another file")
+    found = localization.localize(
+        explained,
+        masks,
+        _json(label_map),
+        method=method,
+        suffix=suffix,
+        organ_suffix=organ_suffix,
+        tolerance_mm=tolerance_mm,
+    )
+    print(localization.table(found))
+    if out is not None:
+        localization.write_table(out, found)
+        print(out)
 
 
 COMMANDS = {
@@ -335,6 +390,7 @@ COMMANDS = {
     "explain": explain,
     "inspect": inspect,
     "lesions": lesions,
+    "localize": localize,
     "phantom": phantom,
     "prepare": prepare,
 }
@@ -348,6 +404,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
   explain    explain CT volumes (NIfTI) with a run
   phantom    write phantom CTs as NIfTI
   lesions    write copies of real CTs with synthetic lesions, to check a pipeline
+  localize   compare written maps with masks of lesions
 
 {PROGRAM} COMMAND --help tells the options of one."""
 

@@ -179,7 +179,7 @@ def _predicted(probabilities_K: np.ndarray) -> tuple[int, ...]:
 def _write(
     folder: Path, volume: Volume, result: FileExplanation, method: str, grid: str, pictures: bool
 ) -> None:
-    names = _file_names(result.labels)
+    names = map_file_names(result.labels)
 
     def write_map(folder: Path, k: int) -> None:
         name, map_dhw = f"{names[k]}_{method}", result.maps[k]
@@ -285,8 +285,8 @@ def _label_indices(wanted: Sequence[str], labels: tuple[str, ...]) -> tuple[int,
     return tuple(dict.fromkeys(labels.index(label) for label in wanted))
 
 
-def _file_names(labels: Sequence[str]) -> list[str]:
-    """Labels as parts of file names, all different."""
+def map_file_names(labels: Sequence[str]) -> list[str]:
+    """Labels as parts of the names of their maps' files, all different."""
     names = [re.sub(r"[^\w.+-]+", "_", label).strip("._") or "label" for label in labels]
     lower = [name.lower() for name in names]
     return [

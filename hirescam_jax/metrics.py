@@ -1,4 +1,4 @@
-"""Measures of predictions (AUROC, average precision) and of maps (OrganIoU)."""
+"""Measures of predictions (AUROC, average precision) and of maps (OrganIoU, pointing game)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -47,6 +47,47 @@ def organ_iou(
         return jnp.sum(above & inside, axis=axes) / jnp.maximum(jnp.sum(above, axis=axes), 1)
 
     return jnp.moveaxis(jax.lax.map(at, jnp.asarray(thresholds, maps.dtype)), 0, -1)
+
+
+def pointing_game(maps: np.ndarray, masks: np.ndarray) -> Float[np.ndarray, "B K"]:
+    """1 where the strongest evidence lies in the mask, else 0.
+
+    "Hit" of J. Zhang et al., Top-down Neural Attention by Excitation Backprop (IJCV 2018), whose
+    accuracy is its mean over the images of a class. Several equal maxima count by their part that
+    lies inside; a map without positive evidence points nowhere and counts 0. Grow the mask for a
+    tolerance.
+
+    Args:
+        maps: [B, K, *grid], raw or normalised.
+        masks: [B, K, *grid], bool or {0, 1}: where the object is.
+
+    Raises:
+        ValueError: maps and masks differ in shape.
+    """
+    maps, inside = _maps_and_masks(maps, masks)
+    highest = maps.max(axis=-1, keepdims=True)
+    points = (maps == highest) & (highest > 0)
+    return (points & inside).sum(axis=-1) / np.maximum(points.sum(axis=-1), 1)
+
+
+def energy_inside(maps: np.ndarray, masks: np.ndarray) -> Float[np.ndarray, "B K"]:
+    """The part of the positive evidence that lies in the mask.
+
+    The energy-based pointing game of H. Wang et al., Score-CAM (CVPR Workshops 2020), with a mask
+    for their box; 0 for a map without positive evidence. Arguments and errors as `pointing_game`.
+    """
+    maps, inside = _maps_and_masks(maps, masks)
+    evidence = np.maximum(maps, 0).astype(np.float64)
+    total = evidence.sum(axis=-1)
+    return (evidence * inside).sum(axis=-1) / np.where(total > 0, total, 1)
+
+
+def _maps_and_masks(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as [B, K, cells]."""
+    maps, masks = np.asarray(maps), np.asarray(masks)
+    if maps.shape != masks.shape:
+        raise ValueError(f"maps {maps.shape} and masks {masks.shape} must agree")
+    return maps.reshape(*maps.shape[:2], -1), masks.reshape(*maps.shape[:2], -1) != 0
 
 
 def auroc(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:

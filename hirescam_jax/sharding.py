@@ -166,8 +166,11 @@ class Share:
         if self.slices is None or self.cells is None:
             return item
         volume = _padded_range(np.asarray(item["volume"]), *self.slices, axis=0)
-        regions = _padded_range(np.asarray(item["regions"]), *self.cells, axis=1)
-        return {**item, "volume": volume, "regions": regions}
+        return {**item, "volume": volume, "regions": self.cut_regions(np.asarray(item["regions"]))}
+
+    def cut_regions(self, regions: np.ndarray) -> np.ndarray:
+        """Masks [..., d, h, w] of a whole volume -> those of the process's cells."""
+        return regions if self.cells is None else _padded_range(regions, *self.cells, axis=-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,9 +272,8 @@ class Layout:
 
 def _padded_range(x: np.ndarray, first: int, last: int, axis: int) -> np.ndarray:
     """x[first:last] along an axis, with zeros behind the end of x."""
-    index = [slice(None)] * x.ndim
-    index[axis] = slice(first, last)
-    part = x[tuple(index)]
+    axis %= x.ndim
+    part = x[(*[slice(None)] * axis, slice(first, last))]
     missing = last - first - part.shape[axis]
     if not missing:
         return part

@@ -313,6 +313,18 @@ def test_a_copy_depends_on_nothing_but_its_number(cts: Any, tmp_path: Path):
         np.testing.assert_array_equal(few.affine, many.affine)
 
 
+def test_some_kinds_of_lesions_are_those_of_all(scene: Any):
+    volume, masks = scene
+    every, some = (
+        add_lesions(volume, masks, 5, chance=1.0, labels=labels)
+        for labels in (LABELS, ("pleural_effusion",))
+    )
+    k = LABELS.index("pleural_effusion")
+    assert some.findings[k].any()
+    assert not np.delete(some.findings, k, axis=0).any()
+    np.testing.assert_array_equal(some.findings[k], every.findings[k])
+
+
 def test_copies_of_a_ct_can_be_one_patient(cts: Any, tmp_path: Path):
     files, source = cts
     make_lesion_folder(tmp_path / "x", files, copies=2, source=source, patient="ct", workers=0)
@@ -336,6 +348,7 @@ def test_nothing_is_overwritten(cts: Any, tmp_path: Path):
         ({"cts": []}, "no CT"),
         ({"copies": 0}, "copies 0"),
         ({"chance": 1.5}, "chance 1.5"),
+        ({"labels": ["nodul"]}, r"'nodul' unknown \(did you mean 'nodule'\?\)"),
         ({"split": (0.5, 0.1, 0.1)}, "three parts"),
     ],
 )

@@ -11,8 +11,10 @@ from hirescam_jax.metrics import (
     auroc,
     average_precision,
     bootstrap,
+    energy_inside,
     nan_mean,
     organ_iou,
+    pointing_game,
 )
 
 GRIDS = [(9,), (5, 4), (4, 3, 2)]
@@ -74,6 +76,40 @@ def test_threshold_itself_is_not_above_it():
 def test_organ_iou_refuses_shapes_that_differ():
     with pytest.raises(ValueError, match="must agree"):
         organ_iou(jnp.zeros((1, 2, 3)), jnp.zeros((1, 2, 4)), jnp.asarray([0.5]))
+
+
+@pytest.mark.parametrize("grid", [(4, 5), (3, 4, 5)])
+def test_energy_by_loop(grid):
+    rng = np.random.default_rng(0)
+    maps, masks = rng.normal(size=(2, 3, *grid)), rng.random((2, 3, *grid)) < 0.3
+    found = energy_inside(maps, masks)
+    for b, k in np.ndindex(2, 3):
+        inside = sum(max(v, 0) for v in maps[b, k][masks[b, k]])
+        outside = sum(max(v, 0) for v in maps[b, k][~masks[b, k]])
+        np.testing.assert_allclose(found[b, k], inside / (inside + outside))
+
+
+def test_uniform_and_perfect_maps_in_closed_form():
+    masks = np.zeros((1, 2, 4, 5), bool)
+    masks[0, 0, 1:3, 1:4] = True  # 6 of 20 cells
+    masks[0, 1, 0, 0] = True
+    for measure in (pointing_game, energy_inside):
+        np.testing.assert_allclose(measure(np.ones(masks.shape), masks), [[6 / 20, 1 / 20]])
+        np.testing.assert_array_equal(measure(masks.astype(np.float32), masks), [[1, 1]])
+        np.testing.assert_array_equal(measure(1 - masks.astype(np.float32), masks), [[0, 0]])
+        # Without positive evidence a map points nowhere.
+        np.testing.assert_array_equal(measure(masks - 1.0, masks), [[0, 0]])
+        with pytest.raises(ValueError, match="must agree"):
+            measure(np.ones((1, 1, 4, 5)), masks)
+
+
+def test_pointing_game_of_random_points_is_the_share_of_the_mask():
+    rng = np.random.default_rng(0)
+    masks = np.zeros((4000, 1, 6, 10), bool)
+    masks[..., :3, :4] = True  # 12 of 60 cells
+    hits = pointing_game(rng.random(masks.shape), masks)
+    assert set(np.unique(hits)) == {0.0, 1.0}
+    assert abs(hits.mean() - 0.2) < 4 * np.sqrt(0.2 * 0.8 / 4000)
 
 
 # -- AUROC and average precision ------------------------------------------------------------------

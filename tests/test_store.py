@@ -16,9 +16,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from hirescam_jax import cli
 from hirescam_jax.config import StoreData
+from hirescam_jax.data import codec
 from hirescam_jax.data.codec import Encoded, Record, encode
 from hirescam_jax.data.inspect_store import HU_EDGES, _thumbnail, inspect_store
-from hirescam_jax.data.pipeline import eval_batches, open_split
+from hirescam_jax.data.pipeline import eval_batches, make_batch, open_split
 from hirescam_jax.data.regions import to_feature_grid
 from hirescam_jax.data.shard import read_at, write_shard
 from hirescam_jax.data.store import Store, grid_affine, write_store
@@ -105,6 +106,34 @@ def test_decodes_into_a_given_array():
         Encoded(encode(wanted)).volume(np.zeros((2, 2, 2), np.int16))
 
 
+@pytest.mark.parametrize("frame_bytes", [1, 3000, 2**20])
+def test_slices_are_those_of_the_whole(monkeypatch, frame_bytes):
+    """Frames of one slice, of three and of all nine."""
+    monkeypatch.setattr(codec, "FRAME_BYTES", frame_bytes)
+    wanted = record()
+    encoded = Encoded(encode(wanted))
+    for start, stop in itertools.combinations_with_replacement(range(10), 2):
+        found = encoded.volume(slices=slice(start, stop))
+        np.testing.assert_array_equal(found, wanted.volume[start:stop])
+        out = np.zeros((stop - start, 21, 34), np.int16)
+        assert encoded.volume(out, slice(start, stop)) is out
+        np.testing.assert_array_equal(out, wanted.volume[start:stop])
+
+
+def test_frames_without_wanted_slices_are_not_decompressed(monkeypatch):
+    monkeypatch.setattr(codec, "FRAME_BYTES", 3000)  # three slices of 21 x 34 voxels
+    data = bytearray(encode(record()))
+    end = len(data) - len(Encoded(bytes(data))._frames[-1])
+    size = len(Encoded(bytes(data))._frames[1])
+    data[end - size : end] = bytes(size)
+    broken = Encoded(bytes(data))
+    for wanted in (slice(0, 3), slice(1, 2), slice(6, 9), slice(8, 9)):
+        np.testing.assert_array_equal(broken.volume(slices=wanted), record().volume[wanted])
+    for wanted in (slice(0, 4), slice(5, 7), slice(None)):
+        with pytest.raises(ValueError, match="lengths of a compressed array"):
+            broken.volume(slices=wanted)
+
+
 @pytest.mark.parametrize("method", ["nearest", "area", "trilinear"])
 @pytest.mark.parametrize("grid", [(9, 21, 34), (3, 6, 6), (4, 5, 3), (12, 30, 40), (1, 1, 1)])
 @pytest.mark.parametrize("dilate", [False, True])
@@ -136,7 +165,7 @@ def test_cut_records_are_refused(cut):
 
 def test_a_compressed_array_that_claims_another_size_is_refused():
     data = bytearray(encode(record()))
-    position = len(data) - len(Encoded(bytes(data))._voxels)
+    position = len(data) - len(Encoded(bytes(data))._frames[-1])
     data[position + 4 : position + 8] = (2**31 - 1).to_bytes(4, "little")
     with pytest.raises(ValueError, match="lengths of a compressed array"):
         Encoded(bytes(data)).volume()
@@ -283,6 +312,13 @@ def test_reads_into_a_given_array(store):
     np.testing.assert_array_equal(out, list(cases(3))[2][1])
 
 
+def test_reads_some_slices(store):
+    source, whole = Store(store, "train", GRID), next(cases(1))
+    item = source.read(0, slices=slice(1, 3))
+    np.testing.assert_array_equal(item["volume"], whole[1][1:3])
+    np.testing.assert_array_equal(item["regions"], source[0]["regions"])
+
+
 def test_pickled_store_reads_on(store):
     source = Store(store, "train", GRID)
     first = source[0]
@@ -321,6 +357,62 @@ def test_feeds_the_pipeline(store):
     batches = list(eval_batches(Store(store, "train", GRID), Share.whole(2)))
     assert [batch["index"].tolist() for batch in batches] == [[0, 1], [2, 0]]
     assert batches[0]["volume"].shape == (2, *SHAPE)
+
+
+def test_padded_slices_of_a_share(store):
+    """A third device has no slice of its own any more."""
+    source = Store(store, "train", GRID)
+    depth = SHAPE[0]
+    whole = make_batch(source, [0, 1])
+    parts = [
+        make_batch(source, [0, 1], Share(2, (0, 1), (first, first + 3), (i, i + 1)))
+        for i, first in enumerate(range(0, depth + 3, 3))
+    ]
+    volume = np.concatenate([part["volume"] for part in parts], axis=1)
+    np.testing.assert_array_equal(volume[:, :depth], whole["volume"])
+    assert not volume[:, depth:].any()
+    regions = np.concatenate([part["regions"] for part in parts], axis=2)
+    np.testing.assert_array_equal(regions[:, :, : GRID[0]], whole["regions"])
+    assert not regions[:, :, GRID[0] :].any()
+
+
+def test_chosen_labels_are_decoded_into_batches_too(store):
+    source = open_split(StoreData(str(store)), "train", GRID, ("stent", "nodule"))
+    (batch,) = eval_batches(source, Share.whole(3))
+    whole = list(cases(3))
+    np.testing.assert_array_equal(batch["volume"], [case[1] for case in whole])
+    np.testing.assert_array_equal(batch["findings"], [case[2][[2, 0]] for case in whole])
+
+
+WORKERS = """
+import sys, jax, numpy as np
+from itertools import islice
+from hirescam_jax.data.pipeline import eval_batches, train_batches
+from hirescam_jax.data.store import Store
+from hirescam_jax.sharding import Share
+
+source = Store(sys.argv[1], "train", (2, 3, 3))
+for size in (1, 2):
+    kept = []
+    for plain, worked in (
+        [train_batches(source, Share.whole(size), seed=2, workers=n) for n in (0, 2)],
+        [eval_batches(source, Share.whole(size), workers=n) for n in (0, 2)],
+    ):
+        pairs = list(islice(zip(plain, worked), 6))  # kept, to be compared when all are made
+        for a, b in pairs:
+            jax.tree.map(np.testing.assert_array_equal, a, b)
+        kept.append(len(pairs))
+    print(*kept)
+"""
+
+
+@pytest.mark.slow
+def test_worker_processes_hand_over_their_batches(store):
+    """In an interpreter without executed annotations, which no worker process could be sent."""
+    command = [sys.executable, "-c", WORKERS, str(store)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["6", "3", "6", "2"]
 
 
 def test_store_that_exists_is_not_overwritten(store):
@@ -416,8 +508,8 @@ def test_record_of_other_labels(store):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2, this version reads 1"),
-        ({"format": None}, "format None, this version reads 1"),
+        ({"format": 1}, "format 1, this version reads 2"),
+        ({"format": None}, "format None, this version reads 2"),
         ({"labels": None}, "no field labels"),
         ({"labels": "nodule"}, "no field labels, or not of its type"),
         ({"splits": {"train": []}}, "split 'train' is missing or empty"),

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import ndimage as scipy_ndimage
 
+from hirescam_jax.config import nearest
 from hirescam_jax.data.auto_regions import CHEST_REGIONS
 from hirescam_jax.data.lesions import LABELS, Lesion, LesionSet, make_copy
 from hirescam_jax.data.region_sources import AutoRegions, RegionSource
@@ -46,6 +47,8 @@ masks/<id>_regions.nii.gz  1 + number of the region: {regions}
 masks/lesions.csv          each lesion: centre in RAS mm, volume, size
 regions.json               for `hirescam prepare nifti THIS --regions THIS/masks
                            --region-suffix _regions --region-map THIS/regions.json`
+lesions.json               for `hirescam localize EXPLAINED --masks THIS/masks
+                           --label-map THIS/lesions.json`
 
 {note}
 Findings of the scans themselves are not labelled. This folder checks a pipeline: it says nothing
@@ -69,6 +72,7 @@ def make_lesion_folder(
     patient: Literal["copy", "ct"] = "copy",
     split: tuple[float, float, float] = (0.7, 0.15, 0.15),
     chance: float = 0.4,
+    labels: Sequence[str] = LABELS,
     workers: int | None = None,
 ) -> None:
     """Writes a folder of CTs with lesions that `NiftiFolder` reads.
@@ -78,7 +82,7 @@ def make_lesion_folder(
         masks/<id>_lesions.nii.gz    1 + number of the label
         masks/<id>_regions.nii.gz    1 + number of the region
         masks/lesions.csv            each lesion: centre in mm, volume, size
-        regions.json, README.txt
+        regions.json, lesions.json, README.txt
 
     With a few CTs the honest use is patient="copy": train, val and test hold other lesions in the
     same bodies, which checks a pipeline and says nothing about new patients. With patient="ct"
@@ -94,7 +98,8 @@ def make_lesion_folder(
         source: gives the masks of CHEST_REGIONS; found in the CTs by default.
         patient: what counts as a patient.
         split: parts of train, val and test of the copies of each CT, with patient="copy".
-        chance: of each lesion.
+        chance: of each kind of lesion.
+        labels: the kinds to place; the findings have columns for all.
         workers: processes, each with one CT in memory; one a core if None, none but this one if 0.
 
     Raises:
@@ -107,6 +112,9 @@ def make_lesion_folder(
         raise UserError(f"regions must be {', '.join(CHEST_REGIONS)}, not {source.regions}")
     if copies < 1 or not 0 <= chance <= 1:
         raise UserError(f"copies {copies}, chance {chance:g}: give 1 or more, and 0 to 1")
+    for label in labels:
+        if label not in LABELS:
+            raise UserError(f"lesion '{label}' unknown{nearest(label, LABELS)}")
     if min(split) < 0 or abs(sum(split) - 1) > 1e-6:
         raise UserError(f"split {split}: give three parts of 1, for train, val and test")
     if out.exists():
@@ -119,7 +127,7 @@ def make_lesion_folder(
         (out / "masks").mkdir(parents=True)
         jobs = [(name, path, copy) for name, path in files.items() for copy in range(copies)]
         write = functools.partial(
-            _write_copy, out=out, folder=Path(folder), seed=seed, chance=chance
+            _write_copy, out=out, folder=Path(folder), seed=seed, chance=chance, labels=labels
         )
         made = zip(jobs, run(write, jobs), strict=True)
         for job, (columns, lesions) in progress(made, "placing lesions", "volume", len(jobs)):
@@ -136,6 +144,8 @@ def make_lesion_folder(
     _write_csv(out / "masks" / "lesions.csv", table)
     ids = {name: [number] for number, name in enumerate(CHEST_REGIONS, start=1)}
     (out / "regions.json").write_text(json.dumps(ids, indent=2) + "\n")
+    lesion_ids = {name: [number] for number, name in enumerate(LABELS, start=1)}
+    (out / "lesions.json").write_text(json.dumps(lesion_ids, indent=2) + "\n")
     note = (SHARED if patient == "copy" else APART).format(copies=copies, cts=len(files))
     numbered = [
         ", ".join(f"{i} {name}" for i, name in enumerate(names, start=1))
@@ -194,12 +204,17 @@ def _chest(path: Path, packed: Path) -> tuple[Volume, dict[str, Bool[np.ndarray,
 
 
 def _write_copy(
-    item: tuple[str, Path, int], out: Path, folder: Path, seed: int, chance: float
+    item: tuple[str, Path, int],
+    out: Path,
+    folder: Path,
+    seed: int,
+    chance: float,
+    labels: Sequence[str],
 ) -> tuple[dict[str, int], list[dict[str, str]]]:
     """Writes the files of one copy; returns its columns of the findings, and its lesions."""
     name, path, copy = item
     volume, organs = _chest(path, folder / f"{name}.npy")
-    lesion_set, masks = make_copy(volume, organs, seed, name, copy, chance)
+    lesion_set, masks = make_copy(volume, organs, seed, name, copy, chance, labels)
     region_map = np.zeros(lesion_set.lesion_map.shape, np.uint8)
     for number, mask in enumerate(masks.values(), start=1):
         region_map[mask & (region_map == 0)] = number

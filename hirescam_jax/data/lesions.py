@@ -88,6 +88,7 @@ def add_lesions(
     *,
     findings: Bool[np.ndarray, "K R"] | Integer[np.ndarray, "K R"] | None = None,
     chance: float = 0.4,
+    labels: Sequence[str] = LABELS,
 ) -> LesionSet:
     """Places lesions in organs: a pure function of its arguments.
 
@@ -101,13 +102,16 @@ def add_lesions(
         findings: [K, R] over LABELS and `regions`, what to place; drawn if None. What finds no
             room in its organ is left out, and is 0 in the result.
         chance: of each label, where findings are drawn; of those in a lung a fifth is in both.
+        labels: those that are drawn.
 
     Raises:
         UserError: masks on another grid, or findings that do not fit.
     """
     names = tuple(regions)
     seeds = [seed] if isinstance(seed, int) else list(seed)
-    wanted = _drawn_findings(names, seeds, chance) if findings is None else np.asarray(findings)
+    wanted = (
+        _drawn_findings(names, seeds, chance, labels) if findings is None else np.asarray(findings)
+    )
     _check(volume, regions, wanted)
     turn = _turn(volume.affine)
     hu_DHW = orientations.apply_orientation(volume.voxels, turn).astype(np.float32)
@@ -225,22 +229,24 @@ def make_copy(
     name: str,
     copy: int,
     chance: float = 0.4,
+    labels: Sequence[str] = LABELS,
 ) -> tuple[LesionSet, dict[str, Bool[np.ndarray, "a b c"]]]:
     """Copy number `copy` of the CT called `name`: varied, then with lesions; and its organs."""
     word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     varied, masks = vary(volume, regions, (seed, word, copy, 0))
-    return add_lesions(varied, masks, (seed, word, copy, 1), chance=chance), masks
+    seeds = (seed, word, copy, 1)
+    return add_lesions(varied, masks, seeds, chance=chance, labels=labels), masks
 
 
 def _drawn_findings(
-    names: tuple[str, ...], seeds: list[int], chance: float
+    names: tuple[str, ...], seeds: list[int], chance: float, labels: Sequence[str]
 ) -> UInt8[np.ndarray, "K R"]:
     findings = np.zeros((len(LABELS), len(names)), np.uint8)
     rng = np.random.default_rng([*seeds, len(LABELS)])
-    for k, places in enumerate(LESIONS.values()):
+    for k, (label, places) in enumerate(LESIONS.items()):
         present, both, side = rng.random(3)
         known = [names.index(place) for place in places if place in names]
-        if known and present < chance:
+        if known and present < chance and label in labels:
             findings[k, known if both < 0.2 else known[int(side * len(known))]] = 1
     return findings
 

@@ -27,7 +27,7 @@ from hirescam_jax.data.shard import Place, read_at, read_part, write_shard
 from hirescam_jax.errors import UserError
 from hirescam_jax.files import atomic_file
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "store.json"
 FIELDS = ("labels", "regions", "shape", "spacing_mm", "splits")
 MEND = "copy it again, or remove it and run `hirescam prepare` again"
@@ -114,12 +114,17 @@ class Store:
         """volume int16 [D, H, W], findings uint8 [K, R], regions uint8 [R, d, h, w], index."""
         return self.read(index)
 
-    def read(self, index: Any, volume_out: np.ndarray | None = None) -> dict[str, Any]:
-        """As `store[index]`; the voxels are decoded into `volume_out` where it is given."""
+    def read(
+        self, index: Any, volume_out: np.ndarray | None = None, slices: slice = slice(None)
+    ) -> dict[str, Any]:
+        """As `store[index]`, but for voxels outside of `slices` (of D), which are not decoded.
+
+        The voxels are decoded into `volume_out` where it is given; regions are those of the whole.
+        """
         encoded = self._encoded(index)
         with self._naming(index):
             return {
-                "volume": encoded.volume(volume_out),
+                "volume": encoded.volume(volume_out, slices),
                 "findings": encoded.findings,
                 "regions": encoded.regions(self.grid, self.method, self.dilate),
                 "index": np.int32(index),
