@@ -79,6 +79,7 @@ class Config:
         mask_weight: lambda of the mask loss; 0 trains without it.
         batch_size: volumes a step, over all devices and processes.
         epochs: at most.
+        save_steps: write a checkpoint every so many steps too; 0: after each epoch only.
         patience: stop after so many epochs without a lower validation loss.
         workers: data-loading processes; 0 loads in threads of the training process.
         seed: of the initial weights, the order of the data and the augmentation.
@@ -92,6 +93,7 @@ class Config:
     mask_weight: float = 1 / 3
     batch_size: int = 1
     epochs: int = 100
+    save_steps: int = 0
     patience: int = 15
     workers: int = 0
     seed: int = 0

@@ -12,13 +12,14 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import select
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -126,7 +127,7 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
     return running_in_cloud_tpu_vm
 
 
-def _detect(timeout: int) -> tuple[tuple[str | None, int | None, int | None], list[int] | None]:
+def _detect(timeout: int) -> tuple[Any, list[int] | None]:
     """Coordinator, number of processes, this one's number; and its devices. As
     `jax.distributed.initialize()` without arguments finds them."""
     from jax._src.clusters import ClusterEnv
@@ -137,8 +138,7 @@ def _detect(timeout: int) -> tuple[tuple[str | None, int | None, int | None], li
         )
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         raise UserError(f"no other processes found in this cluster: {error}") from error
-    coordinator, count, number = place
-    return (coordinator, count, number), None if devices is None else list(devices)
+    return tuple(place), None if devices is None else list(devices)
 
 
 # -- meeting before the start ---------------------------------------------------------------------
@@ -216,12 +216,14 @@ def _tell(guests: list[socket.socket], answer: str) -> None:
 def _join(coordinator: str, count: int, number: int, timeout: float, deadline: float) -> None:
     answer = ""
     while not answer and (left := deadline - time.monotonic()) > 0:
-        with contextlib.suppress(OSError):
-            with socket.create_connection(_address(coordinator), timeout=left) as connection:
-                connection.sendall(f"hirescam {number} {count}\n".encode())
-                # The coordinator's clock may have started later than this one.
-                connection.settimeout(timeout + 5)
-                answer = connection.makefile("r").readline().strip()
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(_address(coordinator), timeout=left) as connection,
+        ):
+            connection.sendall(f"hirescam {number} {count}\n".encode())
+            # The coordinator's clock may have started later than this one.
+            connection.settimeout(timeout + 5)
+            answer = connection.makefile("r").readline().strip()
         if not answer:
             time.sleep(min(0.2, left))
     if answer != "go":
@@ -283,12 +285,25 @@ def _compare(hashes_PNh: np.ndarray, names: list[str], values: list[str]) -> Non
             )
 
 
-def barrier(name: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
+def on_first(task: Callable[[], Any]) -> Any:
+    """Runs `task` in process 0. All get its result, which JSON must hold, or raise its UserError;
+    the others wait for it."""
+    if jax.process_count() == 1:
+        return task()
+    from jax.experimental.multihost_utils import broadcast_one_to_all
 
-        sync_global_devices(name)
+    told, error = b"", None
+    if jax.process_index() == 0:
+        try:
+            told = json.dumps({"result": task()}).encode()
+        except UserError as caught:
+            told, error = json.dumps({"error": str(caught)}).encode(), caught
+    length = int(broadcast_one_to_all(np.int32(len(told))))
+    padded = np.frombuffer(told.ljust(length), np.uint8)[:length]
+    answer = json.loads(bytes(broadcast_one_to_all(padded)))
+    if "error" in answer:
+        raise UserError(answer["error"]) from error
+    return answer["result"]
 
 
 def leave(code: int) -> NoReturn:

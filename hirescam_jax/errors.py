@@ -8,7 +8,7 @@ class UserError(Exception):
     """
 
 
-class Preempted(Exception):
+class Preempted(Exception):  # noqa: N818 (not an error)
     """A signal stopped the training, which is saved: the message tells the step.
 
     The command line exits with code 75 (EX_TEMPFAIL): run again with --resume.

@@ -88,7 +88,7 @@ def test_bad_options(capsys, command, options, message):
 
 def test_a_command_of_one_process(capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main("phantom --coordinator h:1 --num-processes 2 --process-id 0".split())
+        cli.main(["phantom", *"--coordinator h:1 --num-processes 2 --process-id 0".split(" ")])
     assert caught.value.code == 2
     assert "'phantom' runs in one process" in capsys.readouterr().err
 
@@ -159,7 +159,7 @@ def test_port_in_use():
             distributed.meet(f"localhost:{port}", 2, 0, 5)
 
 
-# -- agreeing, losing one -------------------------------------------------------------------------
+# -- agreeing, telling, losing one -------------------------------------------------------------------------
 
 AGREE = """
 import sys
@@ -200,10 +200,10 @@ start_from_arguments()
 import jax
 from hirescam_jax import cli, distributed
 def main(_):
-    distributed.barrier("ready")
+    distributed.on_first(lambda: 1)
     print("ready", flush=True)
     while True:
-        distributed.barrier("step")
+        distributed.on_first(lambda: 1)
         time.sleep(0.05)
 cli._run = main
 cli.main(["train"])
