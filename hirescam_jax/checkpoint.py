@@ -34,7 +34,7 @@ FORMAT = 1
 FREE = ("epochs", "patience", "save_steps", "workers")
 
 
-class Damaged(UserError):
+class DamagedError(UserError):
     """A checkpoint that cannot be read."""
 
 
@@ -301,7 +301,7 @@ def _loss(folder: Path) -> float | None:
     try:
         return json.loads(path.read_text())["val_loss"] if path.exists() else None
     except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{folder}: damaged (metrics: {error})") from error
+        raise DamagedError(f"{folder}: damaged (metrics: {error})") from error
 
 
 def _latest_whole(run_dir: Path, shapes: Any) -> int | None:
@@ -315,7 +315,7 @@ def _latest_whole(run_dir: Path, shapes: Any) -> int | None:
             _loss(folder)
             _load_whole(folder, shapes)
             break
-        except Damaged as error:
+        except DamagedError as error:
             damaged[step] = error
     if len(damaged) == len(steps) > 0:
         others = f", and so are those before it: {steps[1:]}" if steps[1:] else ""
@@ -345,7 +345,7 @@ def _load_whole(folder: Path, shapes: Any) -> Any:
         expected = _load(folder, wanted)["checksums"]
     for name, value in checksums(loaded, np).items():
         if value != expected[name]:
-            raise Damaged(f"{folder}: damaged (the {name} are not those that were saved)")
+            raise DamagedError(f"{folder}: damaged (the {name} are not those that were saved)")
     return loaded
 
 
@@ -373,11 +373,13 @@ def _load(folder: Path, abstract: Any) -> Any:
     try:
         saved: Any = ocp.checkpointables_metadata(str(folder.absolute())).metadata
         for name, tree in abstract.items():
+            if saved[name] is None:
+                raise DamagedError(f"{folder}: damaged ({name} cannot be read)")
             _check_shapes(saved[name], tree, f"{folder}: {name}")
         return ocp.load_checkpointables(str(folder.absolute()), abstract)
     except (ValueError, KeyError, TypeError, OSError) as error:
         line = " ".join(str(error).split())
-        raise Damaged(f"{folder}: damaged, or not of this program ({line[:200]})") from error
+        raise DamagedError(f"{folder}: damaged, or not of this program ({line[:200]})") from error
 
 
 def _check_shapes(saved: Any, wanted: Any, where: str) -> None:

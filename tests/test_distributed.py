@@ -88,7 +88,7 @@ def test_bad_options(capsys, command, options, message):
 
 def test_a_command_of_one_process(capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["phantom", *"--coordinator h:1 --num-processes 2 --process-id 0".split(" ")])
+        cli.main(["phantom", "--coordinator", "h:1", "--num-processes", "2", "--process-id", "0"])
     assert caught.value.code == 2
     assert "'phantom' runs in one process" in capsys.readouterr().err
 
@@ -159,7 +159,7 @@ def test_port_in_use():
             distributed.meet(f"localhost:{port}", 2, 0, 5)
 
 
-# -- agreeing, telling, losing one -------------------------------------------------------------------------
+# -- agreeing, losing one -------------------------------------------------------------------------
 
 AGREE = """
 import sys
