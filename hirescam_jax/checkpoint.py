@@ -377,7 +377,9 @@ def _load(folder: Path, abstract: Any) -> Any:
                 raise DamagedError(f"{folder}: damaged ({name} cannot be read)")
             _check_shapes(saved[name], tree, f"{folder}: {name}")
         return ocp.load_checkpointables(str(folder.absolute()), abstract)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # damaged files make Orbax raise whatever it likes
         line = " ".join(str(error).split())
         raise DamagedError(f"{folder}: damaged, or not of this program ({line[:200]})") from error
 

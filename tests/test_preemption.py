@@ -218,11 +218,10 @@ from hirescam_jax.preprocess import Preprocess
 
 config = Config(
     model=AxialNet(blocks=(1,), widths=(4,), stem="small", conv_widths=()),
-    data=PhantomData(PhantomConfig(shape=(6, 16, 16)), train_size=12, val_size=4, test_size=4),
+    data=PhantomData(PhantomConfig(shape=(6, 16, 16)), train_size=160, val_size=4, test_size=4),
     optimizer=SGD(learning_rate=0.01),
     batch_size=4,
-    epochs=12,
-    patience=12,
+    epochs=4,
 )
 """
 
@@ -249,7 +248,7 @@ def losses_of_lines(run: Path) -> list[str]:
 def test_a_signal_to_one_process_stops_all_and_fewer_continue(tmp_path):
     """Four processes, of which one is told to stop, then two of which the other is, then one."""
     more = {"cache": tmp_path / "cache"}
-    run(4, command(tmp_path, "whole"), **more)
+    run(1, command(tmp_path, "whole"), **more)
     folder, ends = tmp_path / "run", []
     with Group(4, command(tmp_path, "run"), **more) as group:
         ends.append(stopped(group, folder, 2, signal.SIGTERM))
@@ -265,25 +264,14 @@ def test_a_signal_to_one_process_stops_all_and_fewer_continue(tmp_path):
         (message,) = {end.err.splitlines()[-1] for end in codes}
         assert "stopped by a signal, saved at step" in message
     steps = [load_run(tmp_path / name, "latest").step for name in ("whole", "run")]
-    assert steps[1] < steps[0] == 36
+    assert steps[1] < steps[0] == 160
     run(1, command(tmp_path, "run", "--resume"), **more)
     for name in ("params", "batch_stats"):
         parts = [load_run(tmp_path / n, "latest").variables[name] for n in ("whole", "run")]
         # Sums over the batch in another order.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *parts)
     lines = [json.loads(line) for line in losses_of_lines(folder)]
-    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(36))
-
-
-@pytest.mark.slow
-def test_two_processes_stopped_continue_bit_for_bit(tmp_path):
-    more = {"cache": tmp_path / "cache"}
-    run(2, command(tmp_path, "whole"), **more)
-    with Group(2, command(tmp_path, "run"), **more) as group:
-        ends = stopped(group, tmp_path / "run", 0, signal.SIGTERM)
-    assert [end.code for end in ends] == [75, 75]
-    run(2, command(tmp_path, "run", "--resume"), **more)
-    same(tmp_path / "run", tmp_path / "whole")
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(160))
 
 
 @pytest.mark.slow
@@ -294,9 +282,3 @@ def test_processes_that_fail_alike_all_say_so(tmp_path):
     for end in ends:
         assert end.code == 2
         assert "exists; choose another folder, or --resume to continue it" in end.err
-    with Group(2, command(tmp_path, "other"), each={1: ["--seed", "1"]}) as group:
-        ends = group.wait()
-    for end in ends:
-        assert end.code == 2
-        assert "the processes disagree: config.seed of process 1" in end.err
-    assert not (tmp_path / "other").exists()
