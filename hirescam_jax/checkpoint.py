@@ -3,12 +3,14 @@
 run.json         format version, config, labels, regions, grid
 metrics.jsonl    a line a step and a line a validation
 tensorboard/     the same for TensorBoard
-checkpoints/     the latest one and the best one (lowest validation loss), by step
+checkpoints/     the latest two and the best one (lowest validation loss), by step
+damaged-*/       a checkpoint that could not be read when the run was resumed
 """
 
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,15 +18,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jaxtyping import Array, Float
 
 from hirescam_jax import config as configs
+from hirescam_jax import distributed
 from hirescam_jax.config import Config
 from hirescam_jax.errors import UserError
 from hirescam_jax.files import atomic_file
+from hirescam_jax.progress import say
 
 FORMAT = 1
+# Training longer, more patiently or on other devices is the point of some resumptions.
+FREE = ("depth_devices", "epochs", "patience", "save_steps", "workers")
+
+
+class DamagedError(UserError):
+    """A checkpoint that cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +58,15 @@ class Header:
             tuple(source.shape),
             tuple(source.spacing_mm),
         )
+
+    def facts(self, **sizes: int) -> dict[str, str]:
+        """What all processes of a run must have in common, by name; sizes: of the splits."""
+        fields = {spec.name: getattr(self.config, spec.name) for spec in dataclasses.fields(Config)}
+        return {
+            **{f"config.{n}": repr(v) for n, v in fields.items() if n != "workers"},
+            **{n: repr(getattr(self, n)) for n in ("labels", "regions", "shape", "spacing_mm")},
+            **{f"number of {name} volumes": str(size) for name, size in sizes.items()},
+        }
 
     def to_json(self) -> str:
         data = {"format": FORMAT, "config": json.loads(configs.to_json(self.config))}
@@ -108,7 +128,8 @@ class Run:
 
 
 class Saver:
-    """Writes a run's checkpoints in the background, keeping the latest and the best.
+    """Writes a run's checkpoints in the background, keeping the best and the latest two; `restore`
+    comes first. All processes write their part; the first one looks after the folder.
 
     Raises:
         UserError: a new run in a folder that exists; a resumed one that does not exist, or whose
@@ -117,18 +138,24 @@ class Saver:
 
     def __init__(self, run_dir: Path, header: Header, *, resume: bool):
         self.run_dir = run_dir
-        if resume:
-            _check_same(run_dir, Header.read(run_dir), header)
-        elif run_dir.exists():
-            raise UserError(f"{run_dir}: exists; choose another folder, or --resume to continue it")
-        elif jax.process_index() == 0:
+
+        def prepare() -> None:
+            if resume:
+                _check_same(run_dir, Header.read(run_dir), header)
+            elif run_dir.exists():
+                raise UserError(
+                    f"{run_dir}: exists; choose another folder, or --resume to continue it"
+                )
             try:
-                run_dir.mkdir(parents=True)
-                with atomic_file(run_dir / "run.json") as temporary:
-                    temporary.write_text(header.to_json())
+                (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+                if not resume:
+                    with atomic_file(run_dir / "run.json") as temporary:
+                        temporary.write_text(header.to_json())
             except OSError as error:
                 raise UserError(f"{run_dir}: cannot write the run ({error.strerror})") from error
-        self.checkpointer = _open(run_dir)
+
+        distributed.on_first(prepare)
+        self.checkpointer: Any = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -138,37 +165,70 @@ class Saver:
             self.checkpointer.close()
 
     def restore(self, state: Any) -> Any:
-        """The latest checkpoint, in the shardings of `state`; without one `state` itself."""
-        if self.checkpointer.latest is None:
+        """The latest checkpoint that is whole, in the shardings of `state`; without one `state`
+        itself. Damaged ones are moved out of the way, with a warning.
+
+        Raises:
+            UserError: none of the checkpoints is whole.
+        """
+        shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _parts(state))
+        step = distributed.on_first(partial(_latest_whole, self.run_dir, shapes))
+        self.checkpointer = _open(self.run_dir)
+        if step is None:
             return state
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _parts(state)
         )
-        loaded = _load(self.checkpointer, self.checkpointer.latest.step, abstract, self.run_dir)
+        loaded = _load(_folder(self.run_dir, step), abstract)
         return state.replace(**loaded["variables"], **loaded["progress"])
 
-    def save(self, step: int, state: Any, val_loss: float) -> None:
-        """Starts to write; waits only for the write before this one, and raises its UserError."""
+    def save(self, step: int, state: Any, losses: dict[str, float] | None = None) -> None:
+        """Starts to write; waits only for the write before this one, and raises its UserError.
+
+        Args:
+            losses: of the validation, if there was one after this step.
+        """
+        saved = {checkpoint.step for checkpoint in self.checkpointer.checkpoints}
+        if step in saved and losses is None:
+            return
+        metrics = {"val_loss": float(losses["loss"]), "step": step} if losses else None
+        parts = _parts(state)
         with self._writing():
             self.checkpointer.save_checkpointables_async(
-                step, _parts(state), force=True, metrics={"val_loss": float(val_loss)}
+                step,
+                {**parts, "checksums": jax.jit(checksums)(parts)},
+                force=True,
+                overwrite=step in saved,  # by a signal, before its validation
+                metrics=metrics,
             )
+
+    def wait(self) -> None:
+        """Returns once everything is on disk, or raises its UserError."""
+        with self._writing():
+            self.checkpointer.wait()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore says ValueError for a full disk
+            if distributed.peer_lost(error):
+                raise
             reason = "No space left on device" if "No space left" in str(error) else error
             raise UserError(
                 f"{self.run_dir}: a checkpoint cannot be written ({reason}): free some space and "
                 "continue with --resume; earlier checkpoints are whole"
             ) from error
 
-    def stale_epochs(self, epoch_steps: int) -> int:
-        """Epochs since the lowest validation loss."""
+    def epochs_done(self, step: int, epoch_steps: int) -> int:
+        """Epochs that are validated, for a training that stands at `step`."""
+        waiting = step > 0 and step not in _losses(self.checkpointer)
+        return (step - waiting) // epoch_steps
+
+    def best_epoch(self, epoch_steps: int) -> int:
+        """Epochs until the one with the lowest validation loss, the first of equals."""
         losses = _losses(self.checkpointer)
-        return (max(losses) - min(losses, key=losses.__getitem__)) // epoch_steps if losses else 0
+        return min(losses, key=losses.__getitem__) // epoch_steps if losses else 0
 
 
 def load_run(run_dir: Path, which: str = "best") -> Run:
@@ -179,26 +239,21 @@ def load_run(run_dir: Path, which: str = "best") -> Run:
     """
     run_dir = Path(run_dir)
     header = Header.read(run_dir)
-    if not (run_dir / "checkpoints").is_dir():
+    losses = _saved_losses(run_dir)
+    if not losses:
         raise UserError(f"{run_dir}: no checkpoint yet; train for at least one epoch")
-    with _open(run_dir) as checkpointer:
-        saved = list(checkpointer.checkpoints)
-        if not saved:
-            raise UserError(f"{run_dir}: no checkpoint yet; train for at least one epoch")
-        step, losses = saved[-1].step, _losses(checkpointer)
-        if which == "best" and losses:
-            step = min(losses, key=lambda step: (losses[step], step))
-        init = partial(header.config.model.init, jax.random.key(0))
-        shapes = jax.eval_shape(init, jnp.zeros((1, *header.shape)))
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = {
-            name: jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-                shapes.get(name, {}),
-            )
-            for name in ("params", "batch_stats")
-        }
-        loaded = _load(checkpointer, step, {"variables": abstract}, run_dir)
+    step = max(losses)
+    validated = [saved for saved, loss in losses.items() if loss is not None]
+    if which == "best" and validated:
+        step = min(validated, key=lambda step: (losses[step], step))
+    init = partial(header.config.model.init, jax.random.key(0))
+    shapes = jax.eval_shape(init, jnp.zeros((1, *header.shape)))
+    abstract = {
+        name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes.get(name, {}))
+        for name in ("params", "batch_stats")
+    }
+    loaded = _load_whole(_folder(run_dir, step), {"variables": abstract})
+    loaded = jax.device_put(loaded, jax.local_devices()[0])
     return Run(run_dir, header, loaded["variables"], step)
 
 
@@ -215,13 +270,93 @@ def _losses(checkpointer: Any) -> dict[int, float]:
     return {c.step: c.metrics["val_loss"] for c in checkpointer.checkpoints if c.metrics}
 
 
+def checksums(tree: dict[str, Any], xp: Any = jnp) -> dict[str, Any]:
+    """A number for the bits of each entry of a dict of trees, by `xp` = jax.numpy or numpy: flipped
+    and exchanged values change it. Sums of integers, so devices and their order do not matter."""
+
+    def one(x: Any) -> Any:
+        bits = x.reshape(-1).view(f"uint{8 * x.dtype.itemsize}").astype("uint32")
+        places = xp.arange(bits.size, dtype="uint32") * xp.uint32(2) + xp.uint32(1)
+        return xp.sum(bits * places, dtype="uint32")
+
+    def total(part: Any) -> Any:
+        sums = [one(leaf) for leaf in jax.tree.leaves(part)]
+        return one(xp.stack([*sums, xp.zeros_like(xp.uint32(0))]))
+
+    return {name: total(part) for name, part in tree.items()}
+
+
+def _folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / str(step)
+
+
+def _saved_losses(run_dir: Path) -> dict[int, float | None]:
+    """The checkpoints' steps, and their validation losses as far as they have one."""
+    folders = (run_dir / "checkpoints").glob("*")
+    return {int(f.name): _loss(f) for f in folders if f.name.isdecimal() and f.is_dir()}
+
+
+def _loss(folder: Path) -> float | None:
+    path = folder / "metrics" / "metrics"
+    try:
+        return json.loads(path.read_text())["val_loss"] if path.exists() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{folder}: damaged (metrics: {error})") from error
+
+
+def _latest_whole(run_dir: Path, shapes: Any) -> int | None:
+    """Step of the newest checkpoint that is whole to the bit; damaged ones are moved away."""
+    folders = (run_dir / "checkpoints").glob("*")
+    steps = sorted((int(f.name) for f in folders if f.name.isdecimal()), reverse=True)
+    damaged = {}
+    for step in steps:
+        folder = _folder(run_dir, step)
+        try:
+            _loss(folder)
+            _load_whole(folder, shapes)
+            break
+        except DamagedError as error:
+            damaged[step] = error
+    if len(damaged) == len(steps) > 0:
+        others = f", and so are those before it: {steps[1:]}" if steps[1:] else ""
+        raise UserError(f"{damaged[steps[0]]}{others}: start again in another folder")
+    whole = steps[len(damaged)] if steps else None
+    for step, error in damaged.items():
+        aside = run_dir / f"damaged-{step}-{time.time_ns()}"
+        _folder(run_dir, step).rename(aside)
+        say(f"warning: {error}; moved to {aside.name}, continuing from step {whole}")
+    return whole
+
+
+def _load_whole(folder: Path, shapes: Any) -> Any:
+    """Arrays in memory with the checksums they were saved with. Reads in this process only,
+    whatever the others do."""
+    context, number = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host = number
+    context.multiprocessing.active_processes = {number}
+    context.multiprocessing.barrier_sync_key_prefix = f"alone{number}"
+    with context:
+        loaded = _load(folder, shapes)
+        if not (folder / "checksums").exists():
+            return loaded
+        wanted = {
+            "checksums": {name: np.zeros((), np.uint32) for name in ("variables", "progress")}
+        }
+        expected = _load(folder, wanted)["checksums"]
+    for name, value in checksums(loaded, np).items():
+        if value != expected[name]:
+            raise DamagedError(f"{folder}: damaged (the {name} are not those that were saved)")
+    return loaded
+
+
 def _open(run_dir: Path) -> ocp.training.Checkpointer:
     policies: Any = ocp.training.preservation_policies
     keep = policies.AnyPreservationPolicy(
         [
-            policies.LatestN(1),
+            # Two, so that there is one to fall back to.
+            policies.LatestN(2),
             policies.BestN(
-                get_metric_fn=lambda metrics: -metrics["val_loss"],
+                get_metric_fn=lambda metrics: (-metrics["val_loss"], -metrics["step"]),
                 n=1,
                 keep_checkpoints_without_metrics=False,
             ),
@@ -234,16 +369,19 @@ def _open(run_dir: Path) -> ocp.training.Checkpointer:
     )
 
 
-def _load(checkpointer: ocp.training.Checkpointer, step: int, abstract: Any, run_dir: Path) -> Any:
-    where = run_dir / "checkpoints" / str(step)
+def _load(folder: Path, abstract: Any) -> Any:
     try:
-        saved = checkpointer.checkpointables_metadata(step).metadata
+        saved: Any = ocp.checkpointables_metadata(str(folder.absolute())).metadata
         for name, tree in abstract.items():
-            _check_shapes(saved[name], tree, f"{where}: {name}")
-        return checkpointer.load_checkpointables(step, abstract)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+            if saved[name] is None:
+                raise DamagedError(f"{folder}: damaged ({name} cannot be read)")
+            _check_shapes(saved[name], tree, f"{folder}: {name}")
+        return ocp.load_checkpointables(str(folder.absolute()), abstract)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files make Orbax raise whatever it likes
         line = " ".join(str(error).split())
-        raise UserError(f"{where}: damaged, or not of this program ({line[:200]})") from error
+        raise DamagedError(f"{folder}: damaged, or not of this program ({line[:200]})") from error
 
 
 def _check_shapes(saved: Any, wanted: Any, where: str) -> None:
@@ -276,11 +414,9 @@ def _check_same(run_dir: Path, saved: Header, wanted: Header) -> None:
                 f"{run_dir}: trained with {name} {getattr(saved, name)}, now "
                 f"{getattr(wanted, name)}: resume with the same data"
             )
-    # Training longer or more patiently is the point of some resumptions.
-    free = {"epochs", "patience", "workers"}
     for spec in dataclasses.fields(Config):
         before, now = (getattr(h.config, spec.name) for h in (saved, wanted))
-        if spec.name not in free and before != now:
+        if spec.name not in FREE and before != now:
             raise UserError(
                 f"{run_dir}: was started with config.{spec.name} = {before!r}, not {now!r}: "
                 "resume with the same config"

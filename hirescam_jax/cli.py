@@ -5,11 +5,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from hirescam_jax.errors import UserError
+from hirescam_jax.errors import Preempted, UserError
 
 PROGRAM = "hirescam"
 
@@ -406,36 +406,72 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
   lesions    write copies of real CTs with synthetic lesions, to check a pipeline
   localize   compare written maps with masks of lesions
 
-{PROGRAM} COMMAND --help tells the options of one."""
+{PROGRAM} COMMAND --help tells the options of one.
+
+train, evaluate and explain run on several processes too, which find each other under SLURM, in
+Kubernetes and on TPU pods; elsewhere each of N is given
+  --coordinator HOST:PORT --num-processes N --process-id I
+  --start-timeout SECONDS      wait for the others at start (default 300)
+  --heartbeat-timeout SECONDS  one that is silent for so long counts as dead (default 100)"""
+
+# Those that run on several processes.
+DISTRIBUTED = ("train", "evaluate", "explain")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 done but for some volumes, 2 bad input (one line
-    says what), 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 done but for some volumes or ended with another process,
+    2 bad input (one line says what), 75 stopped by a signal and saved: run again with --resume,
+    130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if name in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
     _quiet()
     try:
-        if name == "train":
-            train(rest)
-        elif name in COMMANDS:
-            tyro.cli(COMMANDS[name], prog=f"{PROGRAM} {name}", args=rest)
-        else:
-            from hirescam_jax.config import nearest
-
-            raise UserError(f"no command '{name}'{nearest(name, [*COMMANDS, 'train'])}")
+        _run(arguments)
     except UserError as error:
+        _end(str(error), 2)
+    except Preempted as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(75)
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _end("interrupted", 128 + signal.SIGINT)
     except OSError as error:
-        print(f"{PROGRAM}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"{error.filename or ''}: {error.strerror or error}", 2)
+    except Exception as error:
+        from hirescam_jax import distributed
+
+        if not distributed.peer_lost(error):
+            raise
+        line = " ".join(str(error).split())
+        _end(f"another process has ended, see its output ({line[:200]}): continue with --resume", 1)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    from hirescam_jax import distributed
+
+    launch, rest = distributed.parse_launch(arguments)
+    name, rest = (rest[0], rest[1:]) if rest else ("", [])
+    if name not in DISTRIBUTED:
+        if launch.coordinator is not None:
+            raise UserError(f"--coordinator: '{name}' runs in one process")
+    elif not {"-h", "--help"} & set(rest):
+        distributed.start(launch, preemptible=name == "train")
+    if name == "train":
+        train(rest)
+    elif name in COMMANDS:
+        tyro.cli(COMMANDS[name], prog=f"{PROGRAM} {name}", args=rest)
+    else:
+        from hirescam_jax.config import nearest
+
+        raise UserError(f"no command '{name}'{nearest(name, [*COMMANDS, 'train'])}")
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    from hirescam_jax import distributed
+
+    distributed.leave(code)
 
 
 def _quiet() -> None:
@@ -444,3 +480,7 @@ def _quiet() -> None:
 
     logging.set_verbosity(logging.FATAL)  # what Orbax logs in full it raises too
     warnings.filterwarnings("ignore")
+
+
+if __name__ == "__main__":
+    main()

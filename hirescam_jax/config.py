@@ -82,6 +82,7 @@ class Config:
             memory. BatchNorm sees a part at a time.
         depth_devices: devices that share the slices of one volume; the others split the batch.
         epochs: at most.
+        save_steps: write a checkpoint every so many steps too; 0: after each epoch only.
         patience: stop after so many epochs without a lower validation loss.
         workers: data-loading processes; 0 loads in threads of the training process.
         seed: of the initial weights, the order of the data and the augmentation.
@@ -97,6 +98,7 @@ class Config:
     micro_batches: int = 1
     depth_devices: int = 1
     epochs: int = 100
+    save_steps: int = 0
     patience: int = 15
     workers: int = 0
     seed: int = 0

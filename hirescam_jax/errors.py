@@ -1,8 +1,15 @@
-"""The one exception for mistakes that the user can mend."""
+"""Errors of the user's making, and the one that asks for another run."""
 
 
 class UserError(Exception):
-    """Bad input: the message is one line that names the file, the field and the fix.
+    """Bad input. The message is one line that names the file and field and says what to do.
 
     The command line prints it without a traceback and exits with code 2.
+    """
+
+
+class Preempted(Exception):  # noqa: N818 (not an error)
+    """A signal stopped the training, which is saved: the message tells the step.
+
+    The command line exits with code 75 (EX_TEMPFAIL): run again with --resume.
     """

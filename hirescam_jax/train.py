@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from hirescam_jax import checkpoint, sharding
+from hirescam_jax import checkpoint, distributed, sharding
 from hirescam_jax.cam import hirescam
 from hirescam_jax.config import SGD, Config
 from hirescam_jax.data.pipeline import Source, eval_batches, open_split, train_batches
-from hirescam_jax.errors import UserError
+from hirescam_jax.errors import Preempted, UserError
 from hirescam_jax.losses import allowed_of, classification_loss, labels_of, mask_loss
+from hirescam_jax.preemption import Preemption
 from hirescam_jax.preprocess import augment
 from hirescam_jax.progress import Log, progress
 from hirescam_jax.sharding import DATA, DEPTH, WHOLE, Layout
@@ -283,10 +284,12 @@ def train(
     Raises:
         UserError: a run folder that exists (or does not, with `resume`), a loss that is not a
             finite number, bad data.
+        Preempted: SIGTERM or SIGUSR1 came; the run is saved, to be continued with `resume`.
     """
-    for name in ("batch_size", "micro_batches", "epochs"):
-        if getattr(config, name) < 1:
-            raise UserError(f"config.{name} must be at least 1, got {getattr(config, name)}")
+    least_of = {"batch_size": 1, "micro_batches": 1, "epochs": 1, "save_steps": 0}
+    for name, least in least_of.items():
+        if getattr(config, name) < least:
+            raise UserError(f"config.{name} must be at least {least}, got {getattr(config, name)}")
     training, validation = sources or (open_data(config, "train"), open_data(config, "val"))
     model = config.model.clone(num_labels=len(training.labels))
     config = dataclasses.replace(config, model=model)
@@ -303,44 +306,61 @@ def train(
             "config.preprocess.rotate to 0"
         )
     epoch_steps = len(training) // config.batch_size
-    total_steps = epoch_steps * config.epochs
-    optimizer = make_optimizer(config, total_steps)
+    optimizer = make_optimizer(config, epoch_steps * config.epochs)
     header = checkpoint.Header.of(config, training)
+    distributed.agree(header.facts(training=len(training), validation=len(validation)))
     saver = checkpoint.Saver(run_dir, header, resume=resume)
 
     init = partial(init_state, config, optimizer, tuple(training.shape))
     state = jax.jit(init, out_shardings=sharding.replicated(layout.mesh))()
     state = saver.restore(state)
     step = int(state.step)
+    epoch = saver.epochs_done(step, epoch_steps)
     step_fn = on_mesh(train_step, layout, config=config, optimizer=optimizer)
     eval_layout = open_layout(config, layout.shape, evaluation=True)
     eval_fn = on_mesh(eval_step, eval_layout, config=config)
     batches = train_batches(
         training, layout.share, seed=config.seed, start_step=step, workers=config.workers
     )
-    with Log(run_dir, step) as log, saver:
-        while step < total_steps and saver.stale_epochs(epoch_steps) < config.patience:
-            epoch, start, pending = step // epoch_steps, time.perf_counter(), None
+    with Log(run_dir, step) as log, saver, Preemption() as stop:
+        while epoch < config.epochs and epoch - saver.best_epoch(epoch_steps) < config.patience:
+            first, start, pending = step, time.perf_counter(), None
             end = (epoch + 1) * epoch_steps
             for _ in progress(range(step, end), f"epoch {epoch + 1}/{config.epochs}", "step"):
                 state, metrics = step_fn(state, layout.to_devices(next(batches)))
                 # Reading the step before leaves the device busy with this one.
                 pending = log.step(step, pending, metrics)
                 step += 1
+                if stop.reached():
+                    break
+                if config.save_steps and step % config.save_steps == 0 and step < end:
+                    pending = log.step(step, pending, None)
+                    saver.save(step, state)
             log.step(step, pending, None)
             seconds = time.perf_counter() - start
-            losses = validate(eval_fn, state, validation, config, eval_layout)
-            log.epoch(step, epoch, losses, epoch_steps * config.batch_size / seconds)
-            saver.save(step, state, losses["loss"])
+            losses = validate(eval_fn, state, validation, config, eval_layout, stop)
+            saver.save(step, state, losses)
+            if losses is None:
+                saver.wait()
+                raise Preempted(f"{run_dir}: stopped by a signal, saved at step {step}")
+            log.epoch(step, epoch, losses, (step - first) * config.batch_size / seconds)
+            epoch += 1
     return checkpoint.load_run(run_dir)
 
 
 def validate(
-    eval_fn: Callable, state: TrainState, source: Source, config: Config, layout: Layout
-) -> dict[str, float]:
-    """Mean losses over a split."""
+    eval_fn: Callable,
+    state: TrainState,
+    source: Source,
+    config: Config,
+    layout: Layout,
+    stop: Preemption,
+) -> dict[str, float] | None:
+    """Mean losses over a split; None if a signal stopped it."""
     totals: dict[str, Any] = {}
     for batch in eval_batches(source, layout.share, workers=config.workers):
+        if stop.reached():
+            return None
         sums = eval_fn(state.variables, layout.to_devices(batch))
         totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
     losses = {name: float(total) / len(source) for name, total in totals.items()}

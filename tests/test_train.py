@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
 from tensorboardX.proto import event_pb2
 
-from hirescam_jax import checkpoint
+from hirescam_jax import checkpoint, sharding
 from hirescam_jax.checkpoint import load_run
 from hirescam_jax.config import SGD, Adam, Config
 from hirescam_jax.errors import UserError
@@ -413,7 +414,7 @@ def test_latest_and_best_are_kept_and_a_stale_training_stops(tmp_path):
     latest = load_run(tmp_path / "run", "latest")
     assert latest.step == len(validation)
     kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_dir())
-    assert kept == [best.step, latest.step]
+    assert kept == [best.step, latest.step - 1, latest.step]
     before = losses_of(tmp_path / "run")
     again = run_training(config, tmp_path / "run", size=2, shift=600.0, resume=True)
     assert losses_of(tmp_path / "run") == before
@@ -606,7 +607,8 @@ def test_two_devices_give_the_losses_of_one(trained, tmp_path):
 
 
 def test_batch_that_does_not_divide_over_the_devices(monkeypatch, tmp_path):
-    monkeypatch.setattr(jax, "devices", lambda: [None] * 3)
+    fake = Mesh(np.array([[None]] * 3), ("data", "depth"))
+    monkeypatch.setattr(sharding, "make_mesh", lambda depth: fake)
     with pytest.raises(UserError, match="batch_size = 2 does not divide over 3 devices"):
         run_training(config_of(), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,244 @@
+"""The launch scripts: SLURM for real, the others as far as they go without their clusters."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import ROOT, environment, free_port, run
+from test_preemption import command, same
+
+LAUNCH = ROOT / "launch"
+
+
+def arguments_to(folder: Path, name: str) -> dict[str, str]:
+    """Puts a program `name` on the PATH that writes its arguments, one a line, to `name`.txt."""
+    program = folder / name
+    program.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "{folder / name}.txt"\n')
+    program.chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.s*")), ids=lambda path: path.name)
+def test_scripts_are_valid_bash(script):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_local_resumes_what_exists(tmp_path, exists):
+    if exists:
+        (tmp_path / "my run").mkdir()
+        (tmp_path / "my run" / "run.json").touch()
+    given = ["config.py", "--run", str(tmp_path / "my run"), "--seed", "3"]
+    subprocess.run(
+        [LAUNCH / "local.sh", *given], env=arguments_to(tmp_path, "hirescam"), check=True
+    )
+    got = (tmp_path / "hirescam.txt").read_text().splitlines()
+    assert got == ["train", *given, *(["--resume"] if exists else [])]
+
+
+def test_a_part_of_an_array(tmp_path):
+    variables = {"MIN": "3", "ID": "5", "COUNT": "4"}
+    variables = {f"SLURM_ARRAY_TASK_{name}": value for name, value in variables.items()}
+    environment = {**arguments_to(tmp_path, "hirescam"), **variables, "SLURM_CPUS_PER_TASK": "6"}
+    given = ["nifti", "a folder", "--out", "store"]
+    subprocess.run([LAUNCH / "prepare_array.sbatch", *given], env=environment, check=True)
+    got = (tmp_path / "hirescam.txt").read_text().splitlines()
+    assert got == ["prepare", *given, "--shard", "2/4", "--workers", "6"]
+
+
+def test_what_is_sent_for_a_tpu_pod():
+    place = ["pod", "europe-west4-b", "v5litepod-64", "gs://b/hirescam.whl"]
+    done = subprocess.run(
+        [LAUNCH / "tpu_pod.sh", "--dry-run", *place, "--", "c.py", "--run", "/mnt/my runs/x"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    create, ssh, delete = done.stdout.splitlines()
+    assert create.startswith("gcloud compute tpus queued-resources create pod --node-id pod ")
+    assert "--accelerator-type v5litepod-64" in create
+    # What the shell on the hosts will be given.
+    words = subprocess.run(
+        ["bash", "-c", f'printf "%s\\0" {ssh}'], capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    assert "--worker=all" in words
+    script = words[words.index("--command") + 1]
+    subprocess.run(["bash", "-n", "-c", script], check=True)
+    assert "hirescam train c.py --run /mnt/my\\ runs/x  $resume" in script
+    assert "queued-resources delete pod" in delete
+
+
+def test_tpu_pod_needs_its_arguments():
+    done = subprocess.run([LAUNCH / "tpu_pod.sh", "pod"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "launch/tpu_pod.sh [--dry-run] NAME ZONE TYPE" in done.stderr
+
+
+def test_jobset_is_valid():
+    """By the published schemas: the JobSet's own fields, and those of the Job in it."""
+    validate = pytest.importorskip("kubernetes_validate").validate
+    import jsonschema
+    import yaml
+
+    jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    schema = json.loads((ROOT / "tests" / "jobset_schema.json").read_text())
+    jsonschema.Draft7Validator.check_schema(schema)
+    jsonschema.validate(jobset, schema)
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "train"}}
+    validate({**job, **replicated["template"]}, "1.33", strict=True)
+
+    broken = json.loads(json.dumps(jobset))
+    broken["spec"]["failurePolicy"]["maxRestart"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="maxRestart"):
+        jsonschema.validate(broken, schema)
+
+    spec = replicated["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    script = container["command"][-1]
+    subprocess.run(["bash", "-n", "-c", script], check=True)
+    name, job_name = jobset["metadata"]["name"], replicated["name"]
+    assert f"--coordinator {name}-{job_name}-0-0.{name}:" in script
+    assert f"--num-processes {spec['parallelism']} " in script
+    assert spec["completions"] == spec["parallelism"]
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert 75 not in rule["onExitCodes"]["values"]
+
+
+# -- SLURM ----------------------------------------------------------------------------------------
+
+DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "srun")
+
+
+@contextlib.contextmanager
+def slurm(folder: Path) -> Iterator[dict[str, str]]:
+    """A cluster of this machine, of two CPUs; gives the environment for its commands."""
+    key, spool = folder / "munge.key", folder / "spool"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    spool.mkdir()
+    (folder / "slurm.conf").write_text(f"""
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={free_port()}
+SlurmdPort={free_port()}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job waits until its credential has expired.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+JobRequeue=1
+ReturnToService=2
+StateSaveLocation={spool}
+SlurmdSpoolDir={spool}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+SchedulerParameters=sched_interval=2
+NodeName=localhost NodeAddr=127.0.0.1 NodeHostname={socket.gethostname()} CPUs=2 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+""")
+    variables = environment(SLURM_CONF=str(folder / "slurm.conf"))
+    commands = [
+        ["munged", "--foreground", "--force", f"--key-file={key}"]
+        + [f"--{n}={folder}/munge.{n.split('-')[0]}" for n in ("socket", "pid-file", "log-file")]
+        + [f"--seed-file={folder}/munge.seed"],
+        ["slurmctld", "-D", "-i"],
+        ["slurmd", "-D", "-N", "localhost"],
+    ]
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context((folder / "daemons.log").open("w"))
+        for line in commands:
+            daemon = subprocess.Popen(line, env=variables, stdout=log, stderr=log)
+            stack.callback(daemon.wait)
+            stack.callback(daemon.terminate)
+            if line[0] == "munged":
+                until(lambda: (folder / "munge.socket").exists(), 10, "munged")
+        until(
+            lambda: "idle" in answer(["sinfo", "-h", "-o", "%T"], variables), 20, "the node", folder
+        )
+        yield variables
+        answer(["scancel", "--user=root"], variables)
+
+
+def answer(line: list[str], variables: dict[str, str]) -> str:
+    done = subprocess.run(line, env=variables, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def until(true, seconds: float, what: str, folder: Path | None = None) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            logs = [p.read_text()[-2000:] for p in folder.glob("*.log")] if folder else []
+            pytest.fail("\n".join([f"waited {seconds} seconds for {what}", *logs]))
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_preempted_slurm_job_requeues_itself_and_ends_alike(tmp_path):
+    missing = [name for name in DAEMONS if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"SLURM is not installed ({', '.join(missing)})")
+    if os.geteuid() != 0:
+        pytest.skip("SLURM's daemons need root here")
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    run(2, command(tmp_path, "whole"), cache=tmp_path / "cache")
+    programs, output, folder = tmp_path / "bin", tmp_path / "job.log", tmp_path / "run"
+    programs.mkdir()
+    hirescam = programs / "hirescam"
+    hirescam.write_text(f'#!/bin/sh\nexec {sys.executable} -m hirescam_jax.cli "$@"\n')
+    hirescam.chmod(0o755)
+
+    def said() -> str:
+        return output.read_text() if output.exists() else ""
+
+    with slurm(tmp_path) as variables:
+        variables = {**variables, **cache, "PATH": f"{programs}:{variables['PATH']}"}
+        size = ["--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=5"]
+        training = [str(item) for item in command(tmp_path, "run")[1:]]
+        submitted = answer(
+            ["sbatch", *size, f"--output={output}", LAUNCH / "slurm.sbatch", *training], variables
+        )
+        match = re.search(r"Submitted batch job (\d+)", submitted)
+        assert match, submitted
+
+        def job() -> str:
+            return answer(["scontrol", "show", "job", match[1]], variables)
+
+        metrics = folder / "metrics.jsonl"
+        until(
+            lambda: (metrics.exists() and metrics.read_text().count("\n") > 4) or "FAILED" in job(),
+            60,
+            "the first steps",
+            tmp_path,
+        )
+        answer(["scancel", "--signal=TERM", "--batch", match[1]], variables)
+        until(lambda: "Restarts=1" in job() or "FAILED" in job(), 60, "the requeue", tmp_path)
+        assert "stopped by a signal, saved at step" in said(), said()
+        stopped = metrics.read_text().count("\n")
+        assert stopped < (tmp_path / "whole" / "metrics.jsonl").read_text().count("\n")
+        until(lambda: re.search("JobState=(COMPLETED|FAILED)", job()), 90, "the end", tmp_path)
+        assert "JobState=COMPLETED" in job(), said()
+    same(folder, tmp_path / "whole")

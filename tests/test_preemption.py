@@ -1,0 +1,284 @@
+"""Signals that stop a training, checkpoints that are damaged: it continues exactly."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from processes import Done, Group, run
+from test_train import Cases, compilation_cache, config_of, losses_of, run_training  # noqa: F401
+
+from hirescam_jax.checkpoint import checksums, load_run
+from hirescam_jax.errors import Preempted, UserError
+from hirescam_jax.preemption import Preemption
+
+
+def same(run: Path, other: Path) -> None:
+    """Two runs went the same way, bit for bit."""
+    assert losses_of(run) == losses_of(other)
+    for which in ("latest", "best"):
+        runs = [load_run(path, which) for path in (run, other)]
+        assert runs[0].step == runs[1].step
+        jax.tree.map(np.testing.assert_array_equal, *(r.variables for r in runs))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A training that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run_training(config_of(), folder)
+    return folder
+
+
+def steps_of(run: Path) -> list[int]:
+    return sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdecimal())
+
+
+# -- stopping -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("call", "step"), [(1, 1), (2, 2), (4, 2), (5, 3)])
+def test_a_stopped_training_continues_exactly(monkeypatch, tmp_path, whole, call, step):
+    """An epoch asks four times: after each of two steps, and before two batches of validation."""
+    folder, calls = tmp_path / "run", []
+
+    def reached(_):
+        calls.append(1)
+        return len(calls) >= call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Preemption, "reached", reached)
+        with pytest.raises(Preempted, match=rf"stopped by a signal, saved at step {step}"):
+            run_training(config_of(), folder)
+    assert steps_of(folder)[-1] == step
+    run_training(config_of(), folder, resume=True)
+    same(folder, whole)
+
+
+def test_checkpoints_between_epochs_do_not_change_a_training(tmp_path, whole):
+    run_training(config_of(save_steps=1), tmp_path / "run")
+    same(tmp_path / "run", whole)
+    best = load_run(whole).step
+    assert steps_of(tmp_path / "run") == sorted({best, 5, 6})
+
+
+@pytest.mark.slow
+def test_patience_counts_epochs_whatever_is_saved_between(tmp_path):
+    """The best epoch is the first; its checkpoint is long followed by others without a loss."""
+    from hirescam_jax.config import SGD
+
+    optimizer = SGD(learning_rate=0.3, momentum=0.9, weight_decay=0.0)
+    config = config_of(optimizer=optimizer, epochs=30, patience=2, save_steps=1)
+    best = run_training(config, tmp_path / "run", shift=600.0)
+    validation = [line[2] for line in losses_of(tmp_path / "run") if line[1] == "val"]
+    lowest = int(np.argmin(validation))
+    assert len(validation) == lowest + 1 + 2 < 30
+    assert best.step == 2 * (lowest + 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_first_signal_is_a_notice_and_the_second_what_it_was(number):
+    got = []
+    before = signal.signal(number, lambda *_: got.append(number))
+    try:
+        with Preemption() as stop:
+            assert not stop.reached()
+            os.kill(os.getpid(), number)
+            assert stop.reached()
+            assert stop.reached()
+            assert got == []
+            os.kill(os.getpid(), number)
+            assert got == [number]
+        os.kill(os.getpid(), number)
+        assert got == [number, number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    with Preemption():
+        pass
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_training_in_a_thread_has_no_handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def enter():
+        with Preemption() as stop:
+            seen.append((signal.getsignal(signal.SIGTERM), stop.reached()))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [(before, False)]
+
+
+# -- damage ---------------------------------------------------------------------------------------
+
+
+def flip(path: Path, where: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 0x10
+    path.write_bytes(data)
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+DAMAGES = {
+    "a flipped bit of the weights": lambda c: [
+        flip(p, 0.5) for p in (c / "variables").rglob("d/*") if p.is_file()
+    ],
+    "a flipped bit of the momentum": lambda c: flip(largest(c / "progress"), 0.4),
+    "no data": lambda c: shutil.rmtree(c / "variables" / "d"),
+    "no variables": lambda c: shutil.rmtree(c / "variables"),
+    "no metadata": lambda c: (c / "progress" / "_METADATA").unlink(),
+    "an empty file": lambda c: (c / "variables" / "manifest.ocdbt").write_bytes(b""),
+    "cut metrics": lambda c: (c / "metrics" / "metrics").write_text('{"val_l'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(capsys, tmp_path, whole, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    DAMAGES[damage](folder / "checkpoints" / "6")
+    run_training(config_of(), folder, resume=True)
+    said = capsys.readouterr().err
+    assert f"warning: {folder / 'checkpoints' / '6'}: damaged" in said
+    assert "continuing from step 4" in said
+    assert len(list(folder.glob("damaged-6-*"))) == 1
+    same(folder, whole)
+
+
+def test_all_checkpoints_damaged(tmp_path, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    steps = steps_of(folder)
+    for step in steps:
+        shutil.rmtree(folder / "checkpoints" / str(step) / "variables")
+    with pytest.raises(UserError, match=r"6: damaged.*, and so are those before it: \[4") as caught:
+        run_training(config_of(), folder, resume=True)
+    assert "\n" not in str(caught.value)
+    assert steps_of(folder) == steps
+
+
+def test_reading_damaged_weights(tmp_path, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    DAMAGES["a flipped bit of the weights"](folder / "checkpoints" / "6")
+    with pytest.raises(UserError, match=r"checkpoints/6: damaged"):
+        load_run(folder, "latest")
+
+
+def test_reading_leaves_alone_what_is_being_written(tmp_path, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    unfinished = folder / "checkpoints" / "7.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    load_run(folder, "latest")
+    assert unfinished.is_dir()
+
+
+def test_checksums_tell_any_change():
+    rng = np.random.default_rng(0)
+    tree = {"a": {"x": rng.normal(size=(3, 4)).astype(np.float32)}, "b": [np.int32(7), np.zeros(2)]}
+    tree["b"][1] = tree["b"][1].astype(np.float16)
+    on_device = jax.device_get(jax.jit(checksums)(tree))
+    assert on_device == checksums(tree, np)
+    for bit in range(32):
+        bits = tree["a"]["x"].copy()
+        bits.view(np.uint32)[1, 2] ^= np.uint32(1 << bit)
+        changed = checksums({**tree, "a": {"x": bits}}, np)
+        assert changed["a"] != on_device["a"]
+        assert changed["b"] == on_device["b"]
+    exchanged = tree["a"]["x"][::-1].copy()
+    assert checksums({"a": {"x": exchanged}}, np)["a"] != on_device["a"]
+
+
+# -- real processes -------------------------------------------------------------------------------
+
+CONFIG = """
+from hirescam_jax.config import Config, PhantomData, SGD
+from hirescam_jax.data.phantom import PhantomConfig
+from hirescam_jax.models import AxialNet
+from hirescam_jax.preprocess import Preprocess
+
+config = Config(
+    model=AxialNet(blocks=(1,), widths=(4,), stem="small", conv_widths=()),
+    data=PhantomData(PhantomConfig(shape=(6, 16, 16)), train_size=160, val_size=4, test_size=4),
+    optimizer=SGD(learning_rate=0.01),
+    batch_size=4,
+    epochs=4,
+)
+"""
+
+
+def command(folder: Path, name: str, *more: object) -> list[object]:
+    (folder / "config.py").write_text(CONFIG)
+    return ["train", folder / "config.py", "--run", folder / name, *more]
+
+
+def stopped(group: Group, run: Path, number: int, what: signal.Signals) -> list[Done]:
+    """Sends a signal once some steps are done."""
+    while not (run / "metrics.jsonl").exists() or len(losses_of_lines(run)) < 4:
+        assert all(process.poll() is None for process in group.processes.values())
+        time.sleep(0.02)
+    group.send(number, what)
+    return group.wait()
+
+
+def losses_of_lines(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_and_fewer_continue(tmp_path):
+    """Four processes, of which one is told to stop, then two of which the other is, then one."""
+    more = {"cache": tmp_path / "cache"}
+    run(1, command(tmp_path, "whole"), **more)
+    folder, ends = tmp_path / "run", []
+    with Group(4, command(tmp_path, "run"), **more) as group:
+        ends.append(stopped(group, folder, 2, signal.SIGTERM))
+    before = len(losses_of_lines(folder))
+    with Group(2, command(tmp_path, "run", "--resume"), **more) as group:
+        while len(losses_of_lines(folder)) < before + 4:
+            assert all(process.poll() is None for process in group.processes.values())
+            time.sleep(0.02)
+        group.send(1, signal.SIGUSR1)
+        ends.append(group.wait())
+    for codes in ends:
+        assert [end.code for end in codes] == [75] * len(codes), codes
+        (message,) = {end.err.splitlines()[-1] for end in codes}
+        assert "stopped by a signal, saved at step" in message
+    steps = [load_run(tmp_path / name, "latest").step for name in ("whole", "run")]
+    assert steps[1] < steps[0] == 160
+    run(1, command(tmp_path, "run", "--resume"), **more)
+    for name in ("params", "batch_stats"):
+        parts = [load_run(tmp_path / n, "latest").variables[name] for n in ("whole", "run")]
+        # Sums over the batch in another order.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *parts)
+    lines = [json.loads(line) for line in losses_of_lines(folder)]
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(160))
+
+
+@pytest.mark.slow
+def test_processes_that_fail_alike_all_say_so(tmp_path):
+    (tmp_path / "run").mkdir()
+    with Group(2, command(tmp_path, "run")) as group:
+        ends = group.wait()
+    for end in ends:
+        assert end.code == 2
+        assert "exists; choose another folder, or --resume to continue it" in end.err
