@@ -27,6 +27,10 @@ def demo(out: Path = Path("hirescam_demo"), seed: int = 0) -> None:
     run_demo(out, demo_config(seed))
 
 
+DRY_RUN = "compile the step only: FLOPs, bytes, memory, communication, the largest batch"
+PROFILE = "write a trace of so many steps to the run folder, from the third on"
+
+
 def train(arguments: Sequence[str]) -> None:
     """hirescam train [CONFIG.py] --run DIR [--resume] [--FIELD VALUE ...]
 
@@ -43,10 +47,18 @@ def train(arguments: Sequence[str]) -> None:
         run: Annotated[Path, tyro.conf.arg(help="folder of the run; new without --resume")],
         config: Annotated[configs.Config, tyro.conf.arg(name="")] = default,
         resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False,
+        dry_run: Annotated[bool, tyro.conf.arg(help=DRY_RUN)] = False,
+        memory_gib: Annotated[float, tyro.conf.arg(help="of a device, for --dry-run")] = 80.0,
+        profile: Annotated[int, tyro.conf.arg(help=PROFILE)] = 0,
     ) -> None:
         """Train a model; every field of the config can be overridden."""
         configs.check_types(config, str(path or "command line"))
-        result = run_train(config, run, resume=resume)
+        if dry_run:
+            from hirescam_jax.costs import dry_run as text
+
+            print(text(config, memory_gib))
+            return
+        result = run_train(config, run, resume=resume, profile_steps=profile)
         print(f"{run}: best epoch ends at step {result.step}")
 
     tyro.cli(

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from hirescam_jax import sharding
 from hirescam_jax.config import Config
+from hirescam_jax.data.pipeline import open_split
 from hirescam_jax.sharding import Layout
 from hirescam_jax.train import init_state, make_optimizer, on_mesh, open_layout, train_step
 
@@ -168,37 +169,47 @@ def largest_batch(memory_of: Callable[[int], int], step: int, limit: float) -> i
         known[guess] = memory_of(guess)
 
 
-def dry_run(
-    config: Config, shape: Sequence[int], labels: int, regions: int, memory_gib: float
-) -> str:
-    """What a train step costs a device, as text; and the largest batch for `memory_gib` GiB."""
-    layout = open_layout(config, tuple(shape))
-    cost = step_cost(config, layout, labels, regions)
-    devices = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
-    kind = layout.mesh.devices.flat[0]
-    lines = [
-        f"one step of batch {config.batch_size}, volumes of {' x '.join(map(str, shape))}, on a "
-        f"mesh of {devices} ({kind.platform} {kind.device_kind}); a device:",
-        f"  arithmetic     {cost.flops / 1e12:.3g} TFLOP",
-        f"  bytes          {cost.bytes_accessed / 1e9:.3g} GB, counted as if there were no cache",
-        f"  memory         {cost.memory / 2**30:.3g} GiB, {cost.temporary / 2**30:.3g} of it "
-        "only during the step",
-    ]
+def dry_run(config: Config, memory_gib: float) -> str:
+    """What a train step costs a device, as text; and the largest batch for `memory_gib` GiB.
+
+    Nothing of the data is read but its header. Memory is the plan of the compiler of the devices
+    that are here; another kind of device has another plan.
+
+    Raises:
+        UserError: as `hirescam train` does, before it starts.
+    """
+    source = open_split(config.data, "train", (1, 1, 1), config.labels)
+    shape, counts = tuple(source.shape), (len(source.labels), len(source.regions))
+    layout = open_layout(config, shape)
+    cost = step_cost(config, layout, *counts)
+    devices = " x ".join(f"{size} {name}" for name, size in layout.mesh.shape.items())
+    kind = layout.mesh.devices.flat[0].device_kind
+    size = " x ".join(map(str, shape))
     sent = sum(exchange.sent for exchange in cost.exchanges)
-    lines.append(f"  communication  {sent / 1e6:.3g} MB in {len(cost.exchanges)} exchanges")
-    for exchange in sorted(cost.exchanges, key=lambda e: -e.sent)[:3]:
-        lines.append(
-            f"    {exchange.kind} of {exchange.payload / 1e6:.3g} MB between {exchange.devices}"
-        )
+    lines = [
+        f"one train step: batch {config.batch_size} of {size} voxels, {counts[0]} labels, on "
+        f"{devices} ({kind})",
+        "each device:",
+        f"  arithmetic     {_scaled(cost.flops)}FLOP",
+        f"  bytes          {_scaled(cost.bytes_accessed)}B read and written, were there no cache",
+        f"  memory         {_scaled(cost.memory)}B, {_scaled(cost.temporary)}B of it temporary",
+        f"  communication  {_scaled(sent)}B sent in {len(cost.exchanges)} exchanges",
+    ]
+    for one in sorted(cost.exchanges, key=lambda e: -e.sent)[:3]:
+        lines.append(f"    {one.kind} of {_scaled(one.payload)}B among {one.devices} devices")
 
     def memory_of(batch: int) -> int:
         bigger = dataclasses.replace(config, batch_size=batch)
-        return step_cost(bigger, open_layout(bigger, tuple(shape)), labels, regions).memory
+        return step_cost(bigger, open_layout(bigger, shape), *counts).memory
 
     unit = layout.mesh.shape[sharding.DATA] * config.micro_batches
     best = largest_batch(memory_of, unit, memory_gib * 2**30)
-    verdict = f"batch {best}" if best else f"none: not even a batch of {unit}"
-    lines.append(
-        f"largest batch in {memory_gib:g} GiB a device, by this compiler's plan: {verdict}"
-    )
+    verdict = f"{best}" if best else f"none (a batch of {unit} does not fit)"
+    lines.append(f"largest batch in {memory_gib:g} GiB a device: {verdict}")
     return "\n".join(lines)
+
+
+def _scaled(value: float) -> str:
+    """1234567 -> "1.23 M", for a unit to follow."""
+    exponent = min(max(int(math.log10(max(value, 1)) // 3), 0), 5)
+    return f"{value / 1000**exponent:.3g} {('', 'k', 'M', 'G', 'T', 'P')[exponent]}"

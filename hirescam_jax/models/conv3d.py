@@ -1,5 +1,6 @@
 """3DConv: the paper's plain 3D network, the alternative without a slice-wise backbone."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -104,7 +105,7 @@ class DepthDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B d h w C"], cells: int | None) -> Float[Array, "B F"]:
-        local, rows = x.shape[1], x[0, 0].size
+        local, rows = x.shape[1], math.prod(x.shape[2:])
         whole = cells or local * sharding.parts(DEPTH)
         shape = (whole * rows, self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
