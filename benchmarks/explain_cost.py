@@ -28,7 +28,7 @@ from common import write_results as write
 from hirescam_jax.cam import explain
 from hirescam_jax.config import Config
 from hirescam_jax.models import AxialNet
-from hirescam_jax.train import feature_grid
+from hirescam_jax.step import feature_grid
 
 TARGET = 1.1
 

@@ -27,7 +27,7 @@ from explain_cost import axialnet
 from hirescam_jax.config import Config, PhantomData
 from hirescam_jax.data.phantom import LABELS
 from hirescam_jax.demo import demo_config
-from hirescam_jax.train import feature_grid, init_state, make_optimizer, train_step
+from hirescam_jax.step import feature_grid, init_state, make_optimizer, train_step
 
 TARGET = 1.05
 REGIONS = 5

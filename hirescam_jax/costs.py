@@ -4,17 +4,15 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 
 from hirescam_jax import sharding
 from hirescam_jax.config import Config
 from hirescam_jax.data.pipeline import open_split
 from hirescam_jax.sharding import Layout
-from hirescam_jax.train import init_state, make_optimizer, on_mesh, open_layout, train_step
+from hirescam_jax.step import compile_train_step, make_optimizer, open_layout
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 _COLLECTIVE = re.compile(rf"= (?P<type>.+?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
@@ -109,30 +107,9 @@ class StepCost:
 
 def step_cost(config: Config, layout: Layout, labels: int, regions: int) -> StepCost:
     """Compiles the train step of a config for a mesh, without data, and without running it."""
-    optimizer = make_optimizer(config, 1000)
     config = dataclasses.replace(config, model=config.model.clone(num_labels=labels))
-    everywhere = sharding.replicated(layout.mesh)
-    state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        jax.eval_shape(partial(init_state, config, optimizer, tuple(layout.shape))),
-    )
-    size, grid = layout.batch_size, layout.grid
-    shapes = {
-        "volume": ((size, *layout.padded_shape), np.int16),
-        "findings": ((size, labels, regions), np.uint8),
-        "regions": ((size, regions, layout.padded_cells, *grid[1:]), np.uint8),
-        "index": ((size,), np.int32),
-    }
-    batch = {
-        name: jax.ShapeDtypeStruct(
-            shape,
-            dtype,
-            sharding=jax.sharding.NamedSharding(layout.mesh, sharding.SPECS[name]),
-        )
-        for name, (shape, dtype) in shapes.items()
-    }
-    step = on_mesh(train_step, layout, config=config, optimizer=optimizer)
-    compiled = step.lower(state, batch).compile()
+    optimizer = make_optimizer(config, 1000)
+    compiled = compile_train_step(config, optimizer, layout, labels, regions)
     analysis: Any = compiled.cost_analysis() or {}
     memory: Any = compiled.memory_analysis()
     outside = memory.argument_size_in_bytes + memory.output_size_in_bytes

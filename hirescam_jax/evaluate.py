@@ -27,7 +27,7 @@ from hirescam_jax.metrics import (
 )
 from hirescam_jax.progress import progress
 from hirescam_jax.sharding import DATA, DEPTH, Layout
-from hirescam_jax.train import open_layout
+from hirescam_jax.step import open_layout
 
 
 class Predictions(NamedTuple):

@@ -107,13 +107,25 @@ class Log:
                 )
         return metrics
 
-    def epoch(self, step: int, epoch: int, losses: dict[str, float], rate: float) -> None:
-        """Writes the validation losses after an epoch, as of its last step."""
-        self._write(step - 1, "val", {**losses, "volumes_per_second": rate})
+    def epoch(
+        self, step: int, epoch: int, losses: dict[str, float], figures: dict[str, float]
+    ) -> None:
+        """Writes the validation losses after an epoch, and the `Watch`'s figures of it, as of its
+        last step."""
+        self._write(step - 1, "val", {**losses, **figures})
+        shares = ", ".join(
+            f"{part} {figures[f'{part}_seconds'] / figures['step_seconds']:.0%}"
+            for part in ("input", "device", "checkpoint")
+        )
+        more = ""
+        if "flop_utilisation" in figures:
+            more += f", {figures['flop_utilisation']:.0%} of peak FLOP/s"
+        if "device_gib" in figures:
+            more += f", {figures['device_gib']:.1f} GiB"
         say(
             f"epoch {epoch + 1}: validation loss {losses['loss']:.4f} "
             f"(classification {losses['class_loss']:.4f}, mask {losses['mask_loss']:.4f}), "
-            f"{rate:.1f} volumes/s"
+            f"{figures['volumes_per_second']:.1f} volumes/s (waiting: {shares}){more}"
         )
 
     def _write(self, step: int, split: str, values: dict[str, float]) -> None:

@@ -21,7 +21,7 @@ from hirescam_jax.evaluate import explain_step
 from hirescam_jax.models import AxialNet, Conv3DNet
 from hirescam_jax.preprocess import Preprocess
 from hirescam_jax.sharding import Layout, make_mesh
-from hirescam_jax.train import (
+from hirescam_jax.step import (
     eval_step,
     feature_grid,
     init_state,

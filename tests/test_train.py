@@ -25,14 +25,8 @@ from hirescam_jax.config import SGD, Adam, Config
 from hirescam_jax.errors import UserError
 from hirescam_jax.models import AxialNet, Conv3DNet
 from hirescam_jax.preprocess import Preprocess, augment
-from hirescam_jax.train import (
-    eval_step,
-    feature_grid,
-    init_state,
-    make_optimizer,
-    train,
-    train_step,
-)
+from hirescam_jax.step import eval_step, feature_grid, init_state, make_optimizer, train_step
+from hirescam_jax.train import train
 
 SHAPE, GRID = (6, 8, 8), (2, 4, 4)
 K, R = 3, 2
