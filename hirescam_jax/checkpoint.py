@@ -172,15 +172,16 @@ class Saver:
             UserError: none of the checkpoints is whole.
         """
         shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _parts(state))
-        step = distributed.on_first(partial(_latest_whole, self.run_dir, shapes))
+        loaded = _newest_whole(self.run_dir, shapes)
         self.checkpointer = _open(self.run_dir)
-        if step is None:
+        if loaded is None:
             return state
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _parts(state)
-        )
-        loaded = _load(_folder(self.run_dir, step), abstract)
-        return state.replace(**loaded["variables"], **loaded["progress"])
+
+        def place(old: Array, new: np.ndarray) -> Array:
+            return jax.make_array_from_callback(old.shape, old.sharding, lambda part: new[part])
+
+        parts = jax.tree.map(place, _parts(state), loaded)
+        return state.replace(**parts["variables"], **parts["progress"])
 
     def save(self, step: int, state: Any, losses: dict[str, float] | None = None) -> None:
         """Starts to write; waits only for the write before this one, and raises its UserError.
@@ -304,46 +305,58 @@ def _loss(folder: Path) -> float | None:
         raise DamagedError(f"{folder}: damaged (metrics: {error})") from error
 
 
-def _latest_whole(run_dir: Path, shapes: Any) -> int | None:
-    """Step of the newest checkpoint that is whole to the bit; damaged ones are moved away."""
-    folders = (run_dir / "checkpoints").glob("*")
-    steps = sorted((int(f.name) for f in folders if f.name.isdecimal()), reverse=True)
-    damaged = {}
+def _newest_whole(run_dir: Path, shapes: Any) -> Any:
+    """The newest checkpoint that all processes can read to the bit; damaged ones are moved away.
+    None if there is none at all."""
+
+    def saved_steps() -> list[int]:
+        folders = (run_dir / "checkpoints").glob("*")
+        return sorted((int(f.name) for f in folders if f.name.isdecimal()), reverse=True)
+
+    steps, loaded, damaged = distributed.on_first(saved_steps), None, {}
     for step in steps:
-        folder = _folder(run_dir, step)
+        folder, error = _folder(run_dir, step), ""
         try:
             _loss(folder)
-            _load_whole(folder, shapes)
+            loaded = _load_whole(folder, shapes)
+        except DamagedError as caught:
+            error = str(caught)
+        if not distributed.in_any(bool(error)):
             break
-        except DamagedError as error:
-            damaged[step] = error
+        damaged[step] = error or f"{folder}: damaged, as another process read it"
     if len(damaged) == len(steps) > 0:
         others = f", and so are those before it: {steps[1:]}" if steps[1:] else ""
         raise UserError(f"{damaged[steps[0]]}{others}: start again in another folder")
-    whole = steps[len(damaged)] if steps else None
-    for step, error in damaged.items():
-        aside = run_dir / f"damaged-{step}-{time.time_ns()}"
-        _folder(run_dir, step).rename(aside)
-        say(f"warning: {error}; moved to {aside.name}, continuing from step {whole}")
-    return whole
+
+    def move() -> None:
+        for step, error in damaged.items():
+            aside = run_dir / f"damaged-{step}-{time.time_ns()}"
+            _folder(run_dir, step).rename(aside)
+            whole = steps[len(damaged)]
+            say(f"warning: {error}; moved to {aside.name}, continuing from step {whole}")
+
+    distributed.on_first(move)
+    return loaded
 
 
 def _load_whole(folder: Path, shapes: Any) -> Any:
-    """Arrays in memory with the checksums they were saved with. Reads in this process only,
-    whatever the others do."""
+    """Arrays in memory with the checksums they were saved with.
+
+    Each process reads for itself, but all must read equally often: Orbax counts its operations,
+    and a later save waits for processes with the same count.
+    """
     context, number = ocp.Context(), jax.process_index()
     context.multiprocessing.primary_host = number
     context.multiprocessing.active_processes = {number}
     context.multiprocessing.barrier_sync_key_prefix = f"alone{number}"
+    sums: dict[str, Any] = {}
+    if (folder / "checksums").exists():
+        parts = ("variables", "progress")
+        sums = {"checksums": {name: np.zeros((), np.uint32) for name in parts}}
     with context:
-        loaded = _load(folder, shapes)
-        if not (folder / "checksums").exists():
-            return loaded
-        wanted = {
-            "checksums": {name: np.zeros((), np.uint32) for name in ("variables", "progress")}
-        }
-        expected = _load(folder, wanted)["checksums"]
-    for name, value in checksums(loaded, np).items():
+        loaded = _load(folder, {**shapes, **sums})
+    expected = loaded.pop("checksums", None)
+    for name, value in checksums(loaded, np).items() if expected else ():
         if value != expected[name]:
             raise DamagedError(f"{folder}: damaged (the {name} are not those that were saved)")
     return loaded

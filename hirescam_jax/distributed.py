@@ -306,6 +306,15 @@ def on_first(task: Callable[[], Any]) -> Any:
     return answer["result"]
 
 
+def in_any(flag: bool) -> bool:
+    """Whether it is so in any of the processes."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental.multihost_utils import process_allgather
+
+    return bool(process_allgather(np.array(flag)).any())
+
+
 def leave(code: int) -> NoReturn:
     """Ends this process after an error.
 

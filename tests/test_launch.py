@@ -174,8 +174,11 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         until(
             lambda: "idle" in answer(["sinfo", "-h", "-o", "%T"], variables), 20, "the node", folder
         )
-        yield variables
-        answer(["scancel", "--user=root"], variables)
+        try:
+            yield variables
+        finally:
+            answer(["scancel", "--user=root"], variables)
+            until(lambda: not answer(["squeue", "-h"], variables).strip(), 60, "the last job")
 
 
 def answer(line: list[str], variables: dict[str, str]) -> str:
