@@ -9,7 +9,9 @@ damaged-*/       a checkpoint that could not be read when the run was resumed
 
 import contextlib
 import dataclasses
+import gc
 import json
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -382,7 +384,33 @@ def _open(run_dir: Path) -> ocp.training.Checkpointer:
     )
 
 
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Where one array of many cannot be read, Orbax leaves the reads of the others to end in an
+    event loop that is closed by then: not for the user, who is told what is damaged."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except BaseException:
+        time.sleep(0.5)
+        gc.collect()
+        raise
+    finally:
+        sys.unraisablehook = before
+
+
 def _load(folder: Path, abstract: Any) -> Any:
+    with _quiet_orbax():
+        return _load_or_say_why(folder, abstract)
+
+
+def _load_or_say_why(folder: Path, abstract: Any) -> Any:
     try:
         saved: Any = ocp.checkpointables_metadata(str(folder.absolute())).metadata
         for name, tree in abstract.items():
