@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from hirescam_jax import sharding
 from hirescam_jax.cam import METHODS, normalize_map
 from hirescam_jax.checkpoint import Run
+from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config
 from hirescam_jax.data.pipeline import Source, eval_batches
 from hirescam_jax.errors import UserError
@@ -55,7 +56,7 @@ def predict(run: Run, source: Source, title: str = "evaluate") -> Predictions:
     config = run.config
     mesh = sharding.data_mesh(config.batch_size)
     variables = jax.device_put(run.variables, sharding.replicated(mesh))
-    step = jax.jit(partial(predict_step, config=config))
+    step = jax.jit(partial(predict_step, config=config), compiler_options=compiler_options())
     results = []
     steps = range(-(-len(source) // config.batch_size))
     batches = eval_batches(source, config.batch_size, workers=config.workers)

@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from hirescam_jax import checkpoint, sharding
 from hirescam_jax.cam import hirescam
+from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import SGD, Config
 from hirescam_jax.data.pipeline import Source, eval_batches, open_split, train_batches
 from hirescam_jax.errors import UserError
@@ -207,8 +208,13 @@ def train(
     state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
     state = saver.restore(state)
     step = int(state.step)
-    step_fn = jax.jit(partial(train_step, config=config, optimizer=optimizer), donate_argnums=0)
-    eval_fn = jax.jit(partial(eval_step, config=config))
+    options = compiler_options()
+    step_fn = jax.jit(
+        partial(train_step, config=config, optimizer=optimizer),
+        donate_argnums=0,
+        compiler_options=options,
+    )
+    eval_fn = jax.jit(partial(eval_step, config=config), compiler_options=options)
     batches = train_batches(
         training,
         config.batch_size,
