@@ -24,6 +24,7 @@ import numpy as np
 from common import Timing, interleave, machine_line, memory, mib, ratio, write_results
 from explain_cost import axialnet
 
+from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config, PhantomData
 from hirescam_jax.data.phantom import LABELS
 from hirescam_jax.demo import demo_config
@@ -41,7 +42,11 @@ class Step:
         self.batch = jax.device_put(batch)
         init = partial(init_state, config, optimizer, batch["volume"].shape[1:])
         self.state = jax.jit(init)()
-        step = jax.jit(partial(train_step, config=config, optimizer=optimizer), donate_argnums=0)
+        step = jax.jit(
+            partial(train_step, config=config, optimizer=optimizer),
+            donate_argnums=0,
+            compiler_options=compiler_options(),
+        )
         self.compiled = step.lower(self.state, self.batch).compile()
 
     def __call__(self) -> Any:
@@ -103,7 +108,8 @@ def main() -> None:
     volume = config.preprocess.normalize(jax.device_put(batch["volume"]))
     # The plain and the mask-loss step donate their states; the forward pass has its own.
     variables = jax.jit(config.model.init)(jax.random.key(0), volume)
-    forward = jax.jit(config.model.apply).lower(variables, volume).compile()
+    apply = jax.jit(config.model.apply, compiler_options=compiler_options())
+    forward = apply.lower(variables, volume).compile()
     programs: dict[str, Any] = {**steps, "forward": lambda: forward(variables, volume)}
     if importlib.util.find_spec("torch") and not args.no_torch:
         from torch_axialnet import TorchRun

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from hirescam_jax import sharding
 from hirescam_jax.cam import METHODS, normalize_map
 from hirescam_jax.checkpoint import Run
+from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config
 from hirescam_jax.data.pipeline import Source, eval_batches
 from hirescam_jax.errors import UserError
@@ -94,7 +95,7 @@ def predict(run: Run, source: Source, title: str = "evaluate") -> Predictions:
     everywhere = sharding.replicated(layout.mesh)
     variables = jax.device_put(run.variables, everywhere)
     program = partial(predict_step, config=config, layout=layout)
-    step = jax.jit(program, out_shardings=everywhere)
+    step = jax.jit(program, out_shardings=everywhere, compiler_options=compiler_options())
     results = []
     steps = range(-(-len(source) // layout.batch_size))
     batches = eval_batches(source, layout.share, workers=config.workers)

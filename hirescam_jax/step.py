@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from hirescam_jax import sharding
 from hirescam_jax.cam import hirescam
+from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import SGD, Config
 from hirescam_jax.errors import UserError
 from hirescam_jax.losses import allowed_of, classification_loss, labels_of, mask_loss
@@ -197,7 +198,8 @@ def on_mesh(step: Callable, layout: Layout, **options: Any) -> Any:
         specs = {name: sharding.SPECS[name] for name in batch}
         return sharding.split(part, layout.mesh, (WHOLE, specs), WHOLE)(state, batch)
 
-    return jax.jit(whole, donate_argnums=0 if step is train_step else ())
+    donated = 0 if step is train_step else ()
+    return jax.jit(whole, donate_argnums=donated, compiler_options=compiler_options())
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:

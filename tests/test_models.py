@@ -11,8 +11,9 @@ import pytest
 
 from hirescam_jax.models import AxialNet, Conv3DNet
 from hirescam_jax.models.axialnet import stack_slices
+from hirescam_jax.models.cpu_conv import conv2d_input_gradient, conv2d_kernel_gradient
 from hirescam_jax.models.layers import (
-    conv2d_input_gradient,
+    conv,
     conv3d,
     conv3d_by_planes,
     conv3d_direct,
@@ -251,23 +252,55 @@ def test_training_mode_and_running_statistics_are_torchs(torch):
 @pytest.mark.parametrize("size", [(4, 5), (8, 8), (7, 10)])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 2), (7, 2)])
 @pytest.mark.parametrize("padding", [0, 1, "half"])
-def test_the_input_gradient_by_one_product_is_xlas(size, kernel, stride, padding):
+def test_gradients_by_one_product_are_xlas(size, kernel, stride, padding):
+    """By the input and by the kernel, in float64."""
     pad = kernel // 2 if padding == "half" else padding
     if min(size) + 2 * pad < kernel:
         pytest.skip("the kernel does not fit")
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, *size, 3)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(kernel, kernel, 3, 4)), jnp.float32)
     strides, pads = (stride, stride), ((pad, pad), (pad, pad))
 
-    def convolve(x):
+    def convolve(x, w):
         numbers = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=numbers)
 
-    y, gradient = jax.vjp(convolve, x)
-    grad = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
-    found = conv2d_input_gradient(x.shape, w, grad, strides, pads)
-    np.testing.assert_allclose(found, gradient(grad)[0], rtol=1e-5, atol=1e-5)
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.normal(size=(2, *size, 3)))
+        w = jnp.asarray(rng.normal(size=(kernel, kernel, 3, 4)))
+        y, gradients = jax.vjp(convolve, x, w)
+        grad = jnp.asarray(rng.normal(size=y.shape))
+        wanted_x, wanted_w = gradients(grad)
+        found_x = conv2d_input_gradient(x.shape, w, grad, strides, pads)
+        found_w = conv2d_kernel_gradient(w.shape, x, grad, strides, pads)
+        assert found_w.dtype == found_x.dtype == jnp.float64
+    np.testing.assert_allclose(found_x, wanted_x, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found_w, wanted_w, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("images", [1, 3, 40], ids=["both", "input", "plain"])
+@pytest.mark.parametrize(("stride", "padding"), [(1, None), (2, None), (1, "VALID")])
+def test_the_convolution_layers_gradients_are_xlas(images, stride, padding):
+    """Whichever of their ways the sizes choose, in float64."""
+    rng = np.random.default_rng(0)
+    pads = [(1, 1)] * 2 if padding is None else padding
+
+    def plain(w, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, (stride,) * 2, pads, dimension_numbers=numbers)
+
+    def layer(w, x):
+        module = conv(32, 3, stride, padding=padding, dtype=jnp.float64)
+        return module.apply({"params": {"kernel": w}}, x)
+
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.normal(size=(images, 4, 5, 12)))
+        w = jnp.asarray(rng.normal(size=(3, 3, 12, 32)))
+        wanted_y, wanted = jax.jit(partial(jax.vjp, plain))(w, x)
+        y, found = jax.jit(partial(jax.vjp, layer))(w, x)
+        grad = jnp.asarray(rng.normal(size=y.shape))
+        pairs = list(zip((y, *found(grad)), (wanted_y, *wanted(grad)), strict=True))
+    for got, want in pairs:
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-11)
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0])

@@ -1,6 +1,5 @@
 """The layers that the networks share: convolutions and the ResNet-18 backbone."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -12,6 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from hirescam_jax import sharding
 from hirescam_jax.sharding import DATA, DEPTH
+
+from hirescam_jax.models.cpu_conv import conv2d_input_gradient, conv2d_kernel_gradient
 
 # He et al. 2015, fan-out: what torchvision initialises ResNet with.
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
@@ -33,7 +34,7 @@ def conv(features: int, kernel: int, stride: int = 1, *, padding: int | str | No
 
 
 def _conv2d(x, kernel, strides, padding, *, dimension_numbers, **options):
-    """`lax.conv_general_dilated` for `nn.Conv`, with a faster gradient on CPU."""
+    """`lax.conv_general_dilated` for `nn.Conv`, with faster gradients on CPU."""
     plain = partial(
         lax.conv_general_dilated,
         window_strides=strides,
@@ -52,47 +53,31 @@ def _conv2d(x, kernel, strides, padding, *, dimension_numbers, **options):
 
     def backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
         x, kernel = saved
-        grad_kernel = jax.vjp(lambda kernel: plain(x, kernel), kernel)[1](grad)[0]
+
+        def by_kernel(x: Array, grad: Array) -> Array:
+            return jax.vjp(lambda kernel: plain(x, kernel), kernel)[1](grad)[0]
+
+        def by_input(kernel: Array, grad: Array) -> Array:
+            return jax.vjp(lambda x: plain(x, kernel), x)[1](grad)[0]
+
         grad_x = lax.platform_dependent(
             kernel,
             grad,
             cpu=lambda kernel, grad: conv2d_input_gradient(x.shape, kernel, grad, strides, padding),
-            default=lambda kernel, grad: jax.vjp(lambda x: plain(x, kernel), x)[1](grad)[0],
+            default=by_input,
+        )
+        if grad.size >= kernel.shape[-1] ** 2:  # what the product gathers is larger than the kernel
+            return grad_x, by_kernel(x, grad)
+        grad_kernel = lax.platform_dependent(
+            x,
+            grad,
+            cpu=lambda x, grad: conv2d_kernel_gradient(kernel.shape, x, grad, strides, padding),
+            default=by_kernel,
         )
         return grad_x, grad_kernel
 
     convolve.defvjp(lambda x, kernel: (plain(x, kernel), (x, kernel)), backward)
     return convolve(x, kernel)
-
-
-def conv2d_input_gradient(
-    shape: Sequence[int],
-    kernel: Float[Array, "kh kw C F"],
-    grad: Float[Array, "N h w F"],
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-) -> Float[Array, "N H W C"]:
-    """The gradient of a 2D convolution by its input, of shape [N, H, W, C].
-
-    One matrix product for all taps of the kernel, which are then added where they belong. XLA
-    turns the kernel around first, which takes longer than the convolution where the kernel is
-    larger than the input, as in the last stage of a ResNet.
-    """
-    kh, kw, channels, features = kernel.shape
-    taps = grad.reshape(-1, features) @ kernel.reshape(-1, features).T
-    taps = taps.reshape(*grad.shape[:3], kh, kw, channels)
-
-    def place(axis: int, tap: int) -> tuple[int, int, int]:
-        low, stride = tap - padding[axis][0], strides[axis]
-        last = low + (grad.shape[1 + axis] - 1) * stride
-        return low, shape[1 + axis] - 1 - last, stride - 1
-
-    def placed(i: int, j: int) -> Array:
-        config = ((0, 0, 0), place(0, i), place(1, j), (0, 0, 0))
-        return lax.pad(taps[:, :, :, i, j], jnp.zeros((), taps.dtype), config)
-
-    rest = [(i, j) for i in range(kh) for j in range(kw)][1:]
-    return sum((placed(i, j) for i, j in rest), start=placed(0, 0))
 
 
 class BasicBlock(nn.Module):
