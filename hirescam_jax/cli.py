@@ -434,7 +434,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
-        print(f"{PROGRAM}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{PROGRAM}: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
 
 
