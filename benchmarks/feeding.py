@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--fed", type=int, default=8, help="volumes a measurement of a pipeline")
     parser.add_argument("--batches", type=int, nargs="*", default=(2, 4), metavar="B")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-monai", action="store_true", help="skip the comparison with MONAI")
     parser.add_argument("--shape", type=int, nargs=3, default=(405, 420, 420), metavar="N")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         for size in (1, *args.batches)
     }
     disk = {"store": sum(f.stat().st_size for f in store_path.iterdir()) / args.volumes}
-    if importlib.util.find_spec("monai"):
+    if importlib.util.find_spec("monai") and not args.no_monai:
         feeds |= monai_feeds(args.ct, folder, shape, cores)
         cached = list((folder / "cache").rglob("*.pt"))
         disk["MONAI PersistentDataset"] = sum(f.stat().st_size for f in cached) / len(cached)

@@ -449,7 +449,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _end("interrupted", 128 + signal.SIGINT)
     except OSError as error:
-        _end(f"{error.filename or ''}: {error.strerror or error}", 2)
+        where = f"{error.filename}: " if error.filename else ""
+        _end(f"{where}{error.strerror or error}", 2)
     except Exception as error:
         from hirescam_jax import distributed
 

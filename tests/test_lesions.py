@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +334,17 @@ def test_copies_of_a_ct_can_be_one_patient(cts: Any, tmp_path: Path):
     assert [(s.patient, s.split) for s in studies] == [("a", None)] * 2 + [("b", None)] * 2
     assert "SAME" in SHARED
     assert "SAME" not in (tmp_path / "x" / "README.txt").read_text()
+
+
+def test_a_file_that_cannot_be_written_is_named(cts: Any, tmp_path: Path, monkeypatch: Any):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("nibabel.save", full)
+    files, source = cts
+    with pytest.raises(UserError, match=r"a_000.nii.gz: cannot be written \(No space left"):
+        make_lesion_folder(tmp_path / "x", files, source=source, workers=0)
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["masks"]
 
 
 def test_nothing_is_overwritten(cts: Any, tmp_path: Path):

@@ -158,6 +158,8 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "truncated gz": (_truncated_gz, "truncated"),
     "truncated plain": (_truncated_plain, "truncated"),
     "damaged gz": (_damaged_gz, "damaged"),
+    "a bomb": (_saved(thorax(), dim=[3, 3000, 3000, 3000, 1, 1, 1, 1]), "is this one CT"),
+    "dim beyond the file": (_saved(thorax(), dim=[3, 900, 900, 900, 1, 1, 1, 1]), "truncated"),
     "2D": (_saved(thorax((20, 20))), "2 axes"),
     "4D": (_saved(thorax((5, 6, 7, 3))), "4 axes"),
     "one slice": (_saved(thorax((20, 20, 1))), "one slice"),
@@ -198,6 +200,17 @@ def test_bad_file_is_one_clear_line(tmp_path: Path, kind: str, capfd: pytest.Cap
     assert "\n" not in message
     assert len(message) < 400
     assert capfd.readouterr() == ("", "")
+
+
+def test_too_little_memory_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = save(tmp_path / "scan.nii.gz", thorax())
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("nibabel.arrayproxy.ArrayProxy.__array__", full)
+    with pytest.raises(UserError, match=r"20x22x18 voxels need more memory"):
+        read_ct(path)
 
 
 def test_the_header_check_needs_no_voxels(tmp_path: Path):

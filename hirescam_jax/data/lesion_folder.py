@@ -34,6 +34,7 @@ from hirescam_jax.data.study import SPLITS, Study
 from hirescam_jax.data.volume import Volume, read_ct
 from hirescam_jax.data.workers import follow_parent, one_thread_each
 from hirescam_jax.errors import UserError
+from hirescam_jax.files import atomic_file
 from hirescam_jax.progress import progress
 
 ndimage: Any = scipy_ndimage  # its stubs call every result a number
@@ -260,7 +261,7 @@ def _lesion_row(lesion: Lesion) -> dict[str, str]:
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["id"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -269,4 +270,5 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def _save(path: Path, array: np.ndarray, affine: Float[np.ndarray, "4 4"]) -> None:
     image = nibabel.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
-    nibabel.save(image, path)
+    with atomic_file(path) as temporary:
+        nibabel.save(image, temporary)

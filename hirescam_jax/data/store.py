@@ -236,7 +236,9 @@ def read_header(path: Path) -> dict[str, Any]:
         unfinished = next(path.glob("*-of-*"), None) if path.is_dir() else None
         fix = "finish it with the same `hirescam prepare`" if unfinished else "prepare it first"
         raise UserError(f"{file}: missing, so this is no whole store: {fix}") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
         raise UserError(f"{file}: not readable as JSON ({error})") from error
     if not isinstance(header, dict):
         raise UserError(f"{file}: holds no JSON object")

@@ -6,6 +6,8 @@ z to the head (superior).
 
 import contextlib
 import dataclasses
+import math
+import os
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -24,6 +26,8 @@ from hirescam_jax.errors import UserError
 from hirescam_jax.files import atomic_file
 
 SPACING_RANGE_MM = (0.1, 30.0)
+MAX_BYTES = 2**34  # of voxels: more is a damaged header, or a bomb
+DEFLATE_MOST = 1040  # times its size that a gzip file can unpack to
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,11 +97,18 @@ def read_nifti(path: Path) -> Volume:
         UserError: as `open_nifti`; also for a truncated file and for NaN or infinite voxels.
     """
     image = open_nifti(path)
+    _check_size(path, image.shape, np.dtype(image.get_data_dtype()).itemsize)
     stored: Any = image.dataobj
     try:
         scaled = stored.slope != 1 or stored.inter != 0
         voxels = np.asarray(stored, np.float32 if scaled else None)
-    except (OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
+    except MemoryError as error:
+        size = "x".join(map(str, image.shape))
+        raise UserError(
+            f"{path}: its {size} voxels need more memory than there is: use fewer processes, or "
+            "cut the volume"
+        ) from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(
             f"{path}: truncated or damaged, the voxels end early ({_first_line(error)}): "
             "copy the file again"
@@ -191,6 +202,8 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path}: no such file: check the path")
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         raise UserError(f"{path}: not named .nii or .nii.gz: convert the scan with dcm2niix")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: no permission to read it: change its mode or owner")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty: copy it again")
 
@@ -204,6 +217,19 @@ def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
         raise UserError(f"{path}: has {len(shape)} axes (dim {text}), a CT has 3: {fix}")
     if min(shape) < 2:
         raise UserError(f"{path}: has only one slice (dim {text}): give the whole volume")
+
+
+def _check_size(path: Path, shape: tuple[int, ...], itemsize: int) -> None:
+    """That the voxels which the header declares can be in the file, before any is read."""
+    declared, held = itemsize * math.prod(map(int, shape)), path.stat().st_size
+    text = f"dim {'x'.join(map(str, shape))} makes {declared} bytes of voxels"
+    if declared > MAX_BYTES:
+        raise UserError(f"{path}: {text}, at most {MAX_BYTES} are read: is this one CT?")
+    if declared > held * (DEFLATE_MOST if path.name.lower().endswith(".gz") else 1):
+        raise UserError(
+            f"{path}: truncated or damaged, {text}, more than its {held} bytes can hold: copy the "
+            "file again"
+        )
 
 
 def _check_affine(path: Path, image: nibabel.Nifti1Image) -> None:

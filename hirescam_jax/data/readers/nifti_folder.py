@@ -62,7 +62,7 @@ class NiftiFolder:
 
 
 def _only_table(path: Path) -> Path:
-    tables = sorted(path.glob("*.csv"))
+    tables = [file for file in list_files(path) if file.suffix == ".csv"]
     if len(tables) != 1:
         raise UserError(f"{path}: has {len(tables)} CSV files: say which table holds the labels")
     return tables[0]
