@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +55,31 @@ SAME = {
 T = TypeVar("T")
 
 
-class Writer(Protocol):
-    """Where maps go, see `MapWriter`."""
+class NiftiWriter:
+    """Writes `<id>/<label>_<method>_features.nii.gz` and a table for every volume, in folders that
+    are there whole or not at all; maps.json tells what they are."""
 
-    path: Path
-    attributes: dict[str, Any]
+    def __init__(self, path: Path, attributes: dict[str, Any]):
+        self.path, self.attributes = path, {"format": "hirescam NIfTI maps 1", **attributes}
+        self.folders = [path / name for name in map_file_names(attributes["ids"])]
 
-    def saved(self) -> dict[str, Any] | None: ...
+    # Its methods are those of `MapWriter`.
 
-    def clear(self) -> None: ...
+    def saved(self) -> dict[str, Any] | None:
+        try:
+            attributes = json.loads((self.path / HEADER).read_text())
+            return attributes if attributes["format"] == self.attributes["format"] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
-    def start(self) -> list[bool]: ...
+    def clear(self) -> None:
+        for name in map_file_names((self.saved() or self.attributes)["ids"]):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def start(self) -> list[bool]:
+        with atomic_file(self.path / HEADER) as temporary:
+            temporary.write_text(json.dumps(self.attributes, indent=1))
+        return [folder.is_dir() for folder in self.folders]
 
     def write(
         self,
@@ -74,7 +88,16 @@ class Writer(Protocol):
         logits: np.ndarray,
         residuals: np.ndarray,
         affine: np.ndarray,
-    ) -> None: ...
+    ) -> None:
+        labels = self.attributes["labels"]
+        with atomic_folder(self.folders[place]) as temporary:
+            for name, map_dhw in zip(map_file_names(labels), maps, strict=True):
+                file = f"{name}_{self.attributes['method']}_features.nii.gz"
+                write_nifti(temporary / file, map_dhw, affine)
+            write_table(temporary, labels, logits, residuals)
+
+
+Writer: TypeAlias = MapWriter | NiftiWriter
 
 
 def explain_store(
@@ -125,7 +148,8 @@ def explain_store(
         {name: json.dumps(attributes[name]) for name in SAME}
         | {"format": format, "batch size": str(batch_size)}
     )
-    writer: Writer = {"zarr": MapWriter, "nifti": NiftiWriter}[format](Path(out), attributes)
+    kind = {"zarr": MapWriter, "nifti": NiftiWriter}[format]
+    writer: Writer = kind(Path(out), attributes)
     done = distributed.on_first(partial(_begin, writer, overwrite))
     missing = len(done) - sum(done)
     if 0 < missing < len(done):
@@ -145,7 +169,7 @@ def _attributes(
 ) -> dict[str, Any]:
     """What is kept beside the maps; of these `SAME` is compared."""
     sums = [int(x) for x in jax.tree.leaves(checksums(jax.device_get(run.variables), np))]
-    volumes = [[id, place.checksum] for id, (_, place) in zip(source.ids, source.places)]
+    volumes = [[id, place.checksum] for id, (_, place) in zip(source.ids, source.places, strict=True)]
     return {
         "labels": [run.labels[k] for k in chosen],
         "method": method,
@@ -286,43 +310,3 @@ def _one_behind(items: Iterable[T]) -> Iterator[T]:
         yield from earlier
         earlier = [item]
     yield from earlier
-
-
-class NiftiWriter:
-    """Writes `<id>/<label>_<method>_features.nii.gz` and a table for every volume, in folders that
-    are there whole or not at all; maps.json tells what they are."""
-
-    def __init__(self, path: Path, attributes: dict[str, Any]):
-        self.path, self.attributes = path, {"format": "hirescam NIfTI maps 1", **attributes}
-        self.folders = [path / name for name in map_file_names(attributes["ids"])]
-
-    def saved(self) -> dict[str, Any] | None:
-        try:
-            attributes = json.loads((self.path / HEADER).read_text())
-            return attributes if attributes["format"] == self.attributes["format"] else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def clear(self) -> None:
-        for name in map_file_names((self.saved() or self.attributes)["ids"]):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-
-    def start(self) -> list[bool]:
-        with atomic_file(self.path / HEADER) as temporary:
-            temporary.write_text(json.dumps(self.attributes, indent=1))
-        return [folder.is_dir() for folder in self.folders]
-
-    def write(
-        self,
-        place: int,
-        maps: np.ndarray,
-        logits: np.ndarray,
-        residuals: np.ndarray,
-        affine: np.ndarray,
-    ) -> None:
-        labels = self.attributes["labels"]
-        with atomic_folder(self.folders[place]) as temporary:
-            for name, map_dhw in zip(map_file_names(labels), maps, strict=True):
-                file = f"{name}_{self.attributes['method']}_features.nii.gz"
-                write_nifti(temporary / file, map_dhw, affine)
-            write_table(temporary, labels, logits, residuals)
