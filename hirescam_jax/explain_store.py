@@ -169,7 +169,9 @@ def _attributes(
 ) -> dict[str, Any]:
     """What is kept beside the maps; of these `SAME` is compared."""
     sums = [int(x) for x in jax.tree.leaves(checksums(jax.device_get(run.variables), np))]
-    volumes = [[id, place.checksum] for id, (_, place) in zip(source.ids, source.places, strict=True)]
+    volumes = [
+        [id, place.checksum] for id, (_, place) in zip(source.ids, source.places, strict=True)
+    ]
     return {
         "labels": [run.labels[k] for k in chosen],
         "method": method,

@@ -81,11 +81,15 @@ def open_maps(path: str | Path) -> Maps:
     attributes = read_attributes(path)
     if attributes is None:
         raise UserError(f"{path}: holds no maps of `hirescam explain --store`: check the path")
-    names = ("labels", "ids", "method", "run", "step", "spacing_mm")
-    values = {name: attributes[name] for name in names}
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    arrays = {name: StoredArray(array) for name, array in _open(path, attributes, False).items()}
-    return Maps(**{**values, **lists}, **arrays)
+    return Maps(
+        labels=tuple(attributes["labels"]),
+        ids=tuple(attributes["ids"]),
+        method=attributes["method"],
+        run=attributes["run"],
+        step=attributes["step"],
+        spacing_mm=tuple(attributes["spacing_mm"]),
+        **{name: StoredArray(array) for name, array in _open(path, attributes, False).items()},
+    )
 
 
 def read_attributes(path: Path) -> dict[str, Any] | None:
@@ -185,6 +189,7 @@ def _writing(path: Path, what: str = "cannot be written") -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:  # TensorStore says all with a ValueError
         line = " ".join(str(error).split()).split(" [source locations")[0]
+        line = "No space left on device" if "No space left" in line else line
         raise UserError(
             f"{path}: {what} ({line[:300]}): free some space or mend it, and repeat the command, "
             "which continues"

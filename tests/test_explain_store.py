@@ -329,8 +329,8 @@ def test_processes_write_what_one_does(folder, whole, tmp_path, mesh):
     out, devices = tmp_path / "maps.zarr", int(mesh[2])
     command = ["explain", folder / "run", "--store", folder / "store", "--depth-devices", 2]
     ends = run_processes(2, [*command, "--out", out], devices=devices)
-    assert ends[0].out.strip() == str(out)
-    assert ends[1].out == ""
+    assert str(out) in ends[0].out
+    assert str(out) not in ends[1].out
     close(out, whole)
     for i in (0, 3):
         (out / "done" / f"c.{i}").unlink()
@@ -345,8 +345,8 @@ def test_evaluation_on_processes_is_that_of_one(folder, tmp_path):
     command = ["evaluate", folder / "run", "--out"]
     cli.main([str(item) for item in (*command, tmp_path / "one.json")])
     ends = run_processes(2, [*command, tmp_path / "two.json", "--depth-devices", 2], devices=2)
-    assert str(tmp_path / "two.json") in ends[0].out
-    assert ends[1].out == ""
+    assert "two.json" in ends[0].out
+    assert "two.json" not in ends[1].out
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
     assert one["volumes"] == two["volumes"] == 5
     for path, value in jax.tree_util.tree_leaves_with_path(two):
