@@ -116,7 +116,8 @@ def explain_store(
     (`hirescam_jax.map_store`), or as NIfTI files and a table in a folder a volume.
 
     Each process writes the volumes of its own devices. A call that was interrupted is continued by
-    the same call, by whole batches, so that the result is the same to the bit (on the same mesh).
+    the same call, by whole batches, so that the result is the same to the bit; on another mesh or
+    with another batch size to rounding.
 
     Args:
         labels: those to explain, in this order; none for all.

@@ -31,7 +31,8 @@ ARRAYS = ("done", "maps", "logits", "residuals", "affines")  # `done` goes first
 
 
 class StoredArray:
-    """An array on the disk: an index or a slice of it is read into NumPy."""
+    """An array on the disk: an index or a slice of it is read into NumPy. A chunk that is not what
+    was written fails its checksum: ValueError."""
 
     def __init__(self, array: Any):
         self._array = array
