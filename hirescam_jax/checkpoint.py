@@ -128,6 +128,13 @@ class Run:
         """Hounsfield units -> what the model takes."""
         return self.config.preprocess.normalize(volume)
 
+    def on_mesh(self, depth_devices: int | None) -> "Run":
+        """The same run, to be used with so many devices a volume; None for as many as it has."""
+        if depth_devices is None:
+            return self
+        config = dataclasses.replace(self.config, depth_devices=depth_devices)
+        return dataclasses.replace(self, header=dataclasses.replace(self.header, config=config))
+
 
 class Saver:
     """Writes a run's checkpoints in the background, keeping the best and the latest two; `restore`

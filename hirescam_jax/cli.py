@@ -73,6 +73,7 @@ def evaluate(
     run: tyro.conf.Positional[Path],
     out: Path | None = None,
     checkpoint: Literal["best", "latest"] = "best",
+    depth_devices: int | None = None,
 ) -> None:
     """Measure a run on its test split: AUROC, average precision, OrganIoU of both map methods.
 
@@ -80,62 +81,95 @@ def evaluate(
         run: folder of a run.
         out: the JSON file; default evaluation.json in the run's folder.
         checkpoint: which weights.
+        depth_devices: devices that share a volume; default as in training.
     """
     import json
 
+    from hirescam_jax import distributed
     from hirescam_jax.checkpoint import load_run
     from hirescam_jax.evaluate import evaluate_run, table
     from hirescam_jax.files import atomic_file
     from hirescam_jax.train import open_data
 
-    opened = load_run(run, checkpoint)
+    opened = load_run(run, checkpoint).on_mesh(depth_devices)
     splits = [open_data(opened.config, split) for split in ("val", "test")]
+    sizes = {name: len(split) for name, split in zip(("val", "test"), splits, strict=True)}
+    distributed.agree({**opened.header.facts(**sizes), "step": str(opened.step)})
     result = evaluate_run(opened, *splits)
     target = out or run / "evaluation.json"
-    with atomic_file(target) as temporary:
-        temporary.write_text(json.dumps({"step": opened.step, **result}, indent=2))
-    print(table(result))
-    print(target)
+
+    def write() -> None:
+        with atomic_file(target) as temporary:
+            temporary.write_text(json.dumps({"step": opened.step, **result}, indent=2))
+        print(table(result))
+        print(target)
+
+    distributed.on_first(write)
 
 
 def explain(
     run: tyro.conf.Positional[Path],
-    input: tuple[Path, ...],
     out: Path,
+    input: tuple[Path, ...] = (),
+    store: Path | None = None,
+    split: Literal["train", "val", "test"] = "test",
     labels: str = "",
     method: Literal["hirescam", "gradcam"] = "hirescam",
-    grid: Literal["input", "features"] = "input",
+    grid: Literal["input", "features"] | None = None,
+    format: Literal["zarr", "nifti"] = "zarr",
     batch_size: int = 2,
+    depth_devices: int | None = None,
     pictures: bool = True,
     overwrite: bool = False,
 ) -> None:
-    """Explain CT volumes: maps as NIfTI in the scanner's own space, a table, and pictures.
+    """Explain CT volumes: files (--input), with maps as NIfTI in the scanner's own space, a table
+    and pictures; or a split of a store (--store), with all maps in one Zarr array store, on any
+    number of devices and processes. Repeat the command to continue after an interruption.
 
     Args:
         run: folder of a run.
+        out: output folder; for files one folder a volume inside it.
         input: NIfTI files in Hounsfield units, or folders of them.
-        out: output folder; one folder a volume inside it.
-        labels: names with commas between them; default those that the model predicts.
+        store: folder of a store.
+        split: of the store.
+        labels: names with commas between them; default those that the model predicts for a file,
+            and all for a store.
         method: HiResCAM, or Grad-CAM for comparison.
-        grid: write the maps on the grid of the input, or on the native one of the features.
+        grid: files: write the maps on the grid of the input (default), or on the native one of the
+            features, which a store's are always on.
+        format: of a store's maps; nifti writes a folder a volume.
         batch_size: volumes explained at once.
-        pictures: write a picture a label.
+        depth_devices: a store: devices that share a volume; default as in training.
+        pictures: files: write a picture a label.
         overwrite: replace what is in `out`.
     """
+    import jax
+
     from hirescam_jax.checkpoint import load_run
     from hirescam_jax.explain_files import explain_files
+    from hirescam_jax.explain_store import explain_store
 
-    explain_files(
-        load_run(run),
-        input,
-        out,
-        labels=_names(labels),
-        method=method,
-        grid=grid,
-        batch_size=batch_size,
-        pictures=pictures,
-        overwrite=overwrite,
-    )
+    if bool(input) == (store is not None):
+        raise UserError("give either --input FILES or --store STORE")
+    chosen = _names(labels)
+    common: Any = {"method": method, "batch_size": batch_size, "overwrite": overwrite}
+    if store is not None:
+        if grid == "input":
+            raise UserError(
+                "--grid input: a store holds volumes on the model's grid, so that their maps are "
+                "on the feature grid: leave it out, or explain the files with --input"
+            )
+        opened = load_run(run).on_mesh(depth_devices)
+        explain_store(opened, store, split, out, labels=chosen, format=format, **common)
+        if jax.process_index() == 0:
+            print(out)
+        return
+    if format != "zarr" or depth_devices is not None:
+        raise UserError("--format and --depth-devices go with --store, not with --input")
+    if jax.process_count() > 1:
+        raise UserError("--input runs in one process: for several, prepare a store (--store)")
+    common |= {"grid": grid or "input", "pictures": pictures}
+    explain_files(load_run(run), input, out, labels=chosen, **common)
 
 
 def phantom(
@@ -413,7 +447,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
   inspect    summarise a store
   train      train a model from a config
   evaluate   measure a run: AUROC, average precision, OrganIoU
-  explain    explain CT volumes (NIfTI) with a run
+  explain    explain CT volumes (NIfTI), or a store, with a run
   phantom    write phantom CTs as NIfTI
   lesions    write copies of real CTs with synthetic lesions, to check a pipeline
   localize   compare written maps with masks of lesions

@@ -63,9 +63,10 @@ def explain_step(
     config: Config,
     layout: Layout,
     methods: Sequence[str] = tuple(METHODS),
+    labels: Sequence[int] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Logits [B, K] and raw signed maps [B, K, d, h, w] of int16 volumes [B, D, H, W] that lie on a
-    mesh; each device explains its own volumes and slices."""
+    mesh; each device explains its own volumes and slices. With `labels`, maps of those only."""
     model: Any = config.model
 
     def part(variables: Any, volume: Array) -> tuple[Array, dict[str, Array]]:
@@ -80,7 +81,7 @@ def explain_step(
             options = {}
             if name == "gradcam":  # it averages over the whole grid
                 options = {"axis_name": DEPTH, "positions": math.prod(layout.grid)}
-            maps[name] = METHODS[name](head, features, **options)
+            maps[name] = METHODS[name](head, features, labels, **options)
         return head(features), maps
 
     specs = (sharding.WHOLE, sharding.SPECS["volume"]), (PartitionSpec(DATA), sharding.MAPS)
@@ -93,7 +94,7 @@ def predict(run: Run, source: Source, title: str = "evaluate") -> Predictions:
     config = run.config
     layout = open_layout(config, tuple(source.shape), evaluation=True)
     everywhere = sharding.replicated(layout.mesh)
-    variables = jax.device_put(run.variables, everywhere)
+    variables = sharding.replicate(run.variables, layout.mesh)
     program = partial(predict_step, config=config, layout=layout)
     step = jax.jit(program, out_shardings=everywhere, compiler_options=compiler_options())
     results = []

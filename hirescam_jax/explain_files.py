@@ -90,7 +90,7 @@ def explain_files(
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is too small: give 1 or more")
-    wanted = _label_indices(labels, run.labels)
+    wanted = label_indices(labels, run.labels)
     files = _input_files(inputs)
     folders = _output_folders(files, Path(out), overwrite)
 
@@ -192,14 +192,9 @@ def _write(
 
     # Resampling and compression leave Python, so threads help; a few, for the sake of memory.
     writers = min(4, os.cpu_count() or 1)
-    with _atomic_folder(folder) as temporary, _pool(writers) as pool:
+    with atomic_folder(folder) as temporary, writing_pool(writers) as pool:
         maps = [pool.submit(write_map, temporary, k) for k in result.explained]
-        with (temporary / TABLE).open("w", newline="") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["label", "probability", "logit", "completeness_residual"])
-            for k, label in enumerate(result.labels):
-                values = result.probabilities[k], result.logits[k], result.residuals[k]
-                rows.writerow([label, *(f"{value:.7g}" for value in values)])
+        write_table(temporary, result.labels, result.logits, result.residuals)
         for k in result.explained if pictures else ():
             save_label_picture(
                 temporary / f"{names[k]}_{method}.png",
@@ -214,8 +209,23 @@ def _write(
             written.result()
 
 
+def write_table(
+    folder: Path,
+    labels: Sequence[str],
+    logits_K: Float[np.ndarray, " K"],
+    residuals_K: Float[np.ndarray, " K"],
+) -> None:
+    """The table of a volume's labels into its folder."""
+    columns = np.asarray(jax.nn.sigmoid(logits_K)), logits_K, residuals_K
+    with (folder / TABLE).open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["label", "probability", "logit", "completeness_residual"])
+        for label, *values in zip(labels, *columns, strict=True):
+            rows.writerow([label, *(f"{value:.7g}" for value in values)])
+
+
 @contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+def writing_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Threads whose waiting work is dropped when something fails."""
     pool = ThreadPoolExecutor(workers)
     try:
@@ -225,7 +235,7 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 @contextlib.contextmanager
-def _atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Gives a temporary folder beside `folder`, which takes its place if all goes well."""
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
     earlier = folder.with_name(f"{temporary.name}-earlier")
@@ -274,7 +284,7 @@ def _text_table(result: FileExplanation, folder: Path) -> str:
     return "\n".join(lines + [f"  and {rest} more labels in {TABLE}"] * (rest > 0))
 
 
-def _label_indices(wanted: Sequence[str], labels: tuple[str, ...]) -> tuple[int, ...]:
+def label_indices(wanted: Sequence[str], labels: tuple[str, ...]) -> tuple[int, ...]:
     for label in wanted:
         if label not in labels:
             near = difflib.get_close_matches(label, labels, 1, cutoff=0)[0]

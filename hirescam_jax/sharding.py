@@ -56,6 +56,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every process has, such as a run's variables -> the same whole on every device of
+    a mesh."""
+
+    def one(x: Any) -> Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
+
+    return jax.tree.map(one, tree)
+
+
 def split(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """`function` on each device's own part of its arguments (`jax.shard_map`)."""
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)

@@ -136,20 +136,27 @@ def train_batches(
     return iter(_read(steps.map(load), workers))
 
 
-def eval_batches(source: Source, share: Share, *, workers: int = 0) -> Iterator[Batch]:
+def eval_batches(
+    source: Source, share: Share, *, workers: int = 0, steps: Sequence[int] | None = None
+) -> Iterator[Batch]:
     """Every item once, in order: this process's part of the batches, as in `train_batches`. The
-    last batch is filled up with item 0, whose `weight` is 0."""
-    size = len(source)
+    last batch is filled up with item 0, whose `weight` is 0.
 
-    def load(places: np.ndarray) -> Batch:
-        mine = places[list(share.rows)]
+    Args:
+        steps: these batches only, by number.
+    """
+    size = len(source)
+    if steps is None:
+        steps = range(-(-size // share.batch_size))
+
+    def load(step: int) -> Batch:
+        mine = step * share.batch_size + np.array(share.rows)
         real = mine < size
         batch = make_batch(source, np.where(real, mine, 0), share, shared=bool(workers))
         return {**batch, "weight": np.float32(real)}
 
-    padded = -(-size // share.batch_size) * share.batch_size
-    batches = grain.MapDataset.range(padded).batch(share.batch_size)
-    return iter(_read(batches.map(load), workers))
+    batches = grain.MapDataset.source(list(steps)).map(load)
+    return iter(_read(batches, workers))
 
 
 def make_batch(

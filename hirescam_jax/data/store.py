@@ -93,17 +93,17 @@ class Store:
         self.shape = tuple(header["shape"])
         self.spacing_mm = tuple(header["spacing_mm"])
         self.ids: list[str] = []
-        self._places: list[tuple[str, Place]] = []
+        self.places: list[tuple[str, Place]] = []
         try:
             for shard in header["splits"].get(split, []):
                 self.ids += shard["ids"]
                 columns = (shard[name] for name in ("offsets", "sizes", "checksums"))
-                self._places += [
+                self.places += [
                     (shard["file"], Place(*place)) for place in zip(*columns, strict=True)
                 ]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.path / HEADER}: splits.{split}: damaged ({error})") from error
-        if not self.ids or len(self.ids) != len(self._places):
+        if not self.ids or len(self.ids) != len(self.places):
             raise UserError(f"{self.path / HEADER}: split '{split}' is missing or empty")
         self._open()
 
@@ -146,7 +146,7 @@ class Store:
 
     def head(self, index: Any) -> tuple[dict[str, Any], UInt8[np.ndarray, "K R"]]:
         """The header of a record (`codec.encode`) and its findings, without the rest of it."""
-        name, place = self._places[index]
+        name, place = self.places[index]
         size = 2**14
         with self._naming(index):
             while True:
@@ -165,7 +165,7 @@ class Store:
         return np.array(self.head(index)[0]["affine"], np.float64)
 
     def _encoded(self, index: Any) -> Encoded:
-        name, place = self._places[index]
+        name, place = self.places[index]
         with self._naming(index):
             buffer = getattr(self._local, "buffer", None)
             if buffer is None or len(buffer) < place.size:
@@ -178,7 +178,7 @@ class Store:
             return encoded
 
     def _naming(self, index: Any) -> "_Naming":
-        return _Naming(self.path / self._places[index][0], self.ids[index])
+        return _Naming(self.path / self.places[index][0], self.ids[index])
 
     def _file(self, name: str) -> int:
         if name not in self._files:

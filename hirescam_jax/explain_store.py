@@ -1,0 +1,315 @@
+"""Explains a split of a store on all devices of all processes, and goes on where it was stopped."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from hirescam_jax import distributed, sharding
+from hirescam_jax.checkpoint import Run, checksums
+from hirescam_jax.config import Config
+from hirescam_jax.data.grid import feature_affine
+from hirescam_jax.data.pipeline import eval_batches
+from hirescam_jax.data.store import Store
+from hirescam_jax.data.volume import write_nifti
+from hirescam_jax.errors import UserError
+from hirescam_jax.evaluate import explain_step
+from hirescam_jax.explain_files import (
+    atomic_folder,
+    label_indices,
+    map_file_names,
+    write_table,
+    writing_pool,
+)
+from hirescam_jax.files import atomic_file
+from hirescam_jax.map_store import MapWriter
+from hirescam_jax.progress import progress, say
+from hirescam_jax.sharding import DATA, Layout
+from hirescam_jax.train import open_layout
+
+HEADER = "maps.json"  # of a folder of NIfTI maps
+WRITERS = 4
+
+# What must be the same for an interrupted call to be continued, and how a user knows it.
+SAME = {
+    "labels": "other labels",
+    "method": "another method",
+    "step": "another step",
+    "model": "another run",
+    "data": "another store or split",
+    "grid": "another feature grid",
+}
+
+T = TypeVar("T")
+
+
+class NiftiWriter:
+    """Writes `<id>/<label>_<method>_features.nii.gz` and a table for every volume, in folders that
+    are there whole or not at all; maps.json tells what they are."""
+
+    def __init__(self, path: Path, attributes: dict[str, Any]):
+        self.path, self.attributes = path, {"format": "hirescam NIfTI maps 1", **attributes}
+        self.folders = [path / name for name in map_file_names(attributes["ids"])]
+
+    # Its methods are those of `MapWriter`.
+
+    def saved(self) -> dict[str, Any] | None:
+        try:
+            attributes = json.loads((self.path / HEADER).read_text())
+            return attributes if attributes["format"] == self.attributes["format"] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def clear(self) -> None:
+        for name in map_file_names((self.saved() or self.attributes)["ids"]):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def start(self) -> list[bool]:
+        with atomic_file(self.path / HEADER) as temporary:
+            temporary.write_text(json.dumps(self.attributes, indent=1))
+        return [folder.is_dir() for folder in self.folders]
+
+    def write(
+        self,
+        place: int,
+        maps: np.ndarray,
+        logits: np.ndarray,
+        residuals: np.ndarray,
+        affine: np.ndarray,
+    ) -> None:
+        labels = self.attributes["labels"]
+        with atomic_folder(self.folders[place]) as temporary:
+            for name, map_dhw in zip(map_file_names(labels), maps, strict=True):
+                file = f"{name}_{self.attributes['method']}_features.nii.gz"
+                write_nifti(temporary / file, map_dhw, affine)
+            write_table(temporary, labels, logits, residuals)
+
+
+Writer: TypeAlias = MapWriter | NiftiWriter
+
+
+def explain_store(
+    run: Run,
+    store: Path,
+    split: str,
+    out: Path,
+    *,
+    labels: Sequence[str] = (),
+    method: Literal["hirescam", "gradcam"] = "hirescam",
+    format: Literal["zarr", "nifti"] = "zarr",
+    batch_size: int = 2,
+    overwrite: bool = False,
+) -> int:
+    """Writes the raw signed maps of a split on the feature grid: to a Zarr group
+    (`hirescam_jax.map_store`), or as NIfTI files and a table in a folder a volume.
+
+    Each process writes the volumes of its own devices. A call that was interrupted is continued by
+    the same call, by whole batches, so that the result is the same to the bit; on another mesh or
+    with another batch size to rounding.
+
+    Args:
+        labels: those to explain, in this order; none for all.
+        batch_size: volumes at once on all devices; raised to what the devices can share.
+        overwrite: replace the maps of an earlier call.
+
+    Returns:
+        How many volumes were explained now.
+
+    Raises:
+        UserError: a store that does not fit the run, no such split, an unknown label, or an `out`
+            that holds something else; a full disk: repeat the call when there is space.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} is too small: give 1 or more")
+    chosen = label_indices(labels, run.labels) or tuple(range(len(run.labels)))
+    config = dataclasses.replace(run.config, batch_size=batch_size)
+    layout = open_layout(config, run.shape, evaluation=True)
+    source = Store(store, split, (1, 1, 1))  # the masks are not needed
+    for name in ("shape", "spacing_mm"):
+        ours, theirs = getattr(run, name), getattr(source, name)
+        if tuple(ours) != tuple(theirs):
+            raise UserError(
+                f"{store}: its volumes have {name} {list(theirs)}, {run.path} was trained on "
+                f"{list(ours)}: prepare the volumes on that grid"
+            )
+    attributes = _attributes(run, source, split, chosen, method, layout.grid)
+    distributed.agree(
+        {name: json.dumps(attributes[name]) for name in SAME}
+        | {"format": format, "batch size": str(batch_size)}
+    )
+    kind = {"zarr": MapWriter, "nifti": NiftiWriter}[format]
+    writer: Writer = kind(Path(out), attributes)
+    done = distributed.on_first(partial(_begin, writer, overwrite))
+    missing = len(done) - sum(done)
+    if 0 < missing < len(done):
+        say(f"{out}: {sum(done)} of {len(done)} volumes are done, continuing")
+    start = time.monotonic()
+    written = _explain(run, source, layout, chosen, method, writer, done) if missing else iter(())
+    for _ in progress(written, "explain", "volume", missing):
+        pass
+    distributed.on_first(lambda: None)  # all have written
+    seconds = time.monotonic() - start
+    say(f"{missing} volumes in {seconds:.1f} s, {missing / max(seconds, 1e-9):.2f} volumes/s")
+    return missing
+
+
+def _attributes(
+    run: Run, source: Store, split: str, chosen: Sequence[int], method: str, grid: Sequence[int]
+) -> dict[str, Any]:
+    """What is kept beside the maps; of these `SAME` is compared."""
+    sums = [int(x) for x in jax.tree.leaves(checksums(jax.device_get(run.variables), np))]
+    volumes = [
+        [id, place.checksum] for id, (_, place) in zip(source.ids, source.places, strict=True)
+    ]
+    return {
+        "labels": [run.labels[k] for k in chosen],
+        "method": method,
+        "run": str(run.path),
+        "step": run.step,
+        "model": _digest([repr(run.config.model), repr(run.config.preprocess), sums]),
+        "store": str(source.path),
+        "split": split,
+        "data": _digest(volumes),
+        "grid": list(grid),
+        "shape": list(run.shape),
+        "spacing_mm": list(run.spacing_mm),
+        "ids": source.ids,
+    }
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _begin(writer: Writer, overwrite: bool) -> list[bool]:
+    """Prepares `writer`, if nothing else is in its way. Returns which volumes are done."""
+    path, saved = writer.path, writer.saved()
+    if saved is None and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: exists and holds no such maps: choose another output")
+    if saved is not None and overwrite:
+        writer.clear()
+    elif saved is not None:
+        for name, what in SAME.items():
+            if saved.get(name) != writer.attributes[name]:
+                raise UserError(
+                    f"{path}: holds maps of {what} (run {saved.get('run')}, step "
+                    f"{saved.get('step')}, {saved.get('method')}, split {saved.get('split')} of "
+                    f"{saved.get('store')}): choose another output, or --overwrite"
+                )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror or error})") from error
+    return writer.start()
+
+
+def _explain(
+    run: Run,
+    source: Store,
+    layout: Layout,
+    chosen: Sequence[int],
+    method: str,
+    writer: Writer,
+    done: Sequence[bool],
+) -> Iterator[int]:
+    """The place of each missing volume of all processes, when this process has written its own of
+    that batch. Reading, computing and writing of successive batches go on at the same time."""
+    config, size = run.config, layout.batch_size
+    steps = range(-(-len(source) // size))
+    pending = [t for t in steps if not all(done[t * size : (t + 1) * size])]
+    variables = sharding.replicate(run.variables, layout.mesh)
+    program = explain_program(config, layout, method, chosen)
+    bias_L = head_bias(run)[list(chosen)]
+
+    def computed() -> Iterator[tuple[int, tuple[Array, Array]]]:
+        batches = eval_batches(source, layout.share, workers=config.workers, steps=pending)
+        for t, batch in zip(pending, batches, strict=True):
+            yield t, program(variables, layout.to_devices({"volume": batch["volume"]})["volume"])
+
+    def write(place: int, logits_L: np.ndarray, maps_Ldhw: np.ndarray) -> None:
+        if not np.isfinite(logits_L).all():
+            raise UserError(
+                f"{run.path}: the model gives NaN or infinite scores for {source.ids[place]}: "
+                "train it again"
+            )
+        total_L = maps_Ldhw.sum(axis=(1, 2, 3), dtype=np.float64)
+        residuals_L = np.abs(total_L + bias_L - logits_L).astype(np.float32)
+        affine = feature_affine(source.affine(place), run.shape, layout.grid)
+        writer.write(place, maps_Ldhw, logits_L, residuals_L, affine)
+
+    with writing_pool(WRITERS) as pool:
+
+        def submitted() -> Iterator[tuple[int, list[Future]]]:
+            for t, results in _one_behind(computed()):
+                rows = [(t * size + row, *values) for row, *values in own_rows(*results)]
+                mine = [row for row in rows if row[0] < len(done) and not done[row[0]]]
+                yield t, [pool.submit(write, *row) for row in mine]
+
+        for t, tasks in _one_behind(submitted()):
+            for task in tasks:
+                task.result()
+            batch = range(t * size, min((t + 1) * size, len(done)))
+            yield from (place for place in batch if not done[place])
+
+
+def explain_program(
+    config: Config, layout: Layout, method: str, labels: Sequence[int] | None = None
+) -> Any:
+    """Variables and int16 volumes [B, D, H, W] -> logits [B, L] and maps [B, L, d, h, w], compiled.
+
+    A volume's whole maps lie where its first slices are: unlike volumes and features they are small
+    enough to be gathered over `depth`, and a file then is the same on every mesh."""
+
+    def program(variables: Any, volume: Array) -> tuple[Array, Array]:
+        logits, maps = explain_step(
+            variables, volume, config=config, layout=layout, methods=(method,), labels=labels
+        )
+        logits = logits if labels is None else logits[:, np.asarray(labels)]
+        return logits, maps[method].astype(jnp.float32)
+
+    return jax.jit(program, out_shardings=NamedSharding(layout.mesh, PartitionSpec(DATA)))
+
+
+def head_bias(run: Run) -> Float[np.ndarray, " K"]:
+    """The head's output on all-zero features, of which `residuals` are counted."""
+
+    @jax.jit
+    def program(variables: Any) -> Array:
+        volume = jax.ShapeDtypeStruct((1, *run.shape), jnp.float32)
+        features = jax.eval_shape(partial(run.model.apply, method="features"), variables, volume)
+        zeros = jnp.zeros(features.shape, jnp.float32)
+        return run.model.apply(variables, zeros, method="head")[0]
+
+    return np.asarray(program(run.variables), np.float32)
+
+
+def own_rows(*arrays: Array) -> Iterator[tuple[Any, ...]]:
+    """(row, value, ...) of each row that this process is to write, of arrays that are split over
+    their first axis in the same way; every row is one process's."""
+    for shards in zip(*(array.addressable_shards for array in arrays), strict=True):
+        if shards[0].replica_id == 0:
+            first = shards[0].index[0].start or 0
+            values = [np.asarray(shard.data) for shard in shards]
+            for row in range(len(values[0])):
+                yield first + row, *(value[row] for value in values)
+
+
+def _one_behind(items: Iterable[T]) -> Iterator[T]:
+    """The items, each once the next is there: its computation has begun by then."""
+    earlier: list[T] = []
+    for item in items:
+        yield from earlier
+        earlier = [item]
+    yield from earlier
