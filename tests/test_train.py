@@ -450,6 +450,8 @@ def small_disk():
 
 
 @pytest.mark.slow
+# What the threads of Orbax leave behind that could not write.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("left", "what"), [(0, "metrics.jsonl"), (40960, "a checkpoint")])
 def test_a_disk_that_fills_keeps_the_last_checkpoint(trained, small_disk, left, what):
     run, filler = small_disk / "run", small_disk / "filler"
