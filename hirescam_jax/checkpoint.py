@@ -220,7 +220,8 @@ class Saver:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
-            yield
+            with _quiet_orbax():
+                yield
         except (OSError, ValueError) as error:  # TensorStore says ValueError for a full disk
             if distributed.peer_lost(error):
                 raise
@@ -393,8 +394,8 @@ def _open(run_dir: Path) -> ocp.training.Checkpointer:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Where one array of many cannot be read, Orbax leaves the reads of the others to end in an
-    event loop that is closed by then: not for the user, who is told what is damaged."""
+    """Where one array of many cannot be read or written, Orbax leaves the others to end in an event
+    loop that is closed by then: not for the user, who is told what went wrong."""
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

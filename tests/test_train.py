@@ -445,6 +445,8 @@ def small_disk():
 
 
 @pytest.mark.slow
+# What the threads of Orbax leave behind that could not write.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("left", [0, 40960])
 def test_a_disk_that_fills_keeps_the_last_checkpoint(trained, small_disk, left):
     """Whichever file is the first that cannot be written: the log, or one of a checkpoint."""
