@@ -26,6 +26,7 @@ from common import cost, interleave, machine_line, measure_ceilings, memory, mib
 from common import write_results as write
 
 from hirescam_jax.cam import explain
+from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config
 from hirescam_jax.models import AxialNet
 from hirescam_jax.step import feature_grid
@@ -65,10 +66,11 @@ def main() -> None:
         gradient = jax.grad(lambda features: jnp.asarray(head(features))[:, label].sum())(features)
         return jnp.sum(gradient * features, axis=-1)
 
-    forward = jax.jit(model.apply).lower(variables, device_volume).compile()
-    everything = jax.jit(partial(explain, model)).lower(variables, device_volume).compile()
+    jit = partial(jax.jit, compiler_options=compiler_options())  # as the package compiles
+    forward = jit(model.apply).lower(variables, device_volume).compile()
+    everything = jit(partial(explain, model)).lower(variables, device_volume).compile()
     label = jnp.zeros((), jnp.int32)
-    single = jax.jit(one_label).lower(variables, device_volume, label).compile()
+    single = jit(one_label).lower(variables, device_volume, label).compile()
     programs = {
         "forward": lambda: forward(variables, device_volume),
         "explain": lambda: everything(variables, device_volume),

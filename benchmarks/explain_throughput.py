@@ -35,7 +35,7 @@ from hirescam_jax.data.pipeline import eval_batches
 from hirescam_jax.data.store import Store, write_store
 from hirescam_jax.explain_store import explain_program, explain_store
 from hirescam_jax.map_store import MapWriter
-from hirescam_jax.train import open_layout
+from hirescam_jax.step import open_layout
 
 SPACING = (0.8, 0.8, 0.8)
 

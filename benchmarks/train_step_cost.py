@@ -4,7 +4,7 @@
     python benchmarks/train_step_cost.py --demo     # the demo's small network and batch
     python benchmarks/train_step_cost.py --full     # 405 x 420 x 420, for accelerators
 
-The step is `hirescam_jax.train.train_step`, compiled with its state donated: augmentation, window,
+The step is the program that `hirescam train` runs, with its state donated: augmentation, window,
 forward, losses, gradient, update and metrics. The targets are, with the mask loss against without,
 at most 1.05 x the time and 1.05 x the memory. Where PyTorch is installed the step without mask
 loss is compared with its eager equivalent: the same network, batch, augmentation, classification
@@ -28,7 +28,14 @@ from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config, PhantomData
 from hirescam_jax.data.phantom import LABELS
 from hirescam_jax.demo import demo_config
-from hirescam_jax.step import feature_grid, init_state, make_optimizer, train_step
+from hirescam_jax.sharding import replicated
+from hirescam_jax.step import (
+    compile_train_step,
+    feature_grid,
+    init_state,
+    make_optimizer,
+    open_layout,
+)
 
 TARGET = 1.05
 REGIONS = 5
@@ -39,15 +46,13 @@ class Step:
 
     def __init__(self, config: Config, batch: dict[str, np.ndarray]):
         optimizer = make_optimizer(config, 1000)
-        self.batch = jax.device_put(batch)
-        init = partial(init_state, config, optimizer, batch["volume"].shape[1:])
-        self.state = jax.jit(init)()
-        step = jax.jit(
-            partial(train_step, config=config, optimizer=optimizer),
-            donate_argnums=0,
-            compiler_options=compiler_options(),
+        layout = open_layout(config, batch["volume"].shape[1:])
+        self.batch = layout.to_devices(batch)
+        init = partial(init_state, config, optimizer, layout.shape)
+        self.state = jax.jit(init, out_shardings=replicated(layout.mesh))()
+        self.compiled = compile_train_step(
+            config, optimizer, layout, batch["findings"].shape[1], REGIONS
         )
-        self.compiled = step.lower(self.state, self.batch).compile()
 
     def __call__(self) -> Any:
         self.state, metrics = self.compiled(self.state, self.batch)

@@ -7,7 +7,7 @@ differentiated. Everything here is pure and works under `jit`, `vmap` and `grad`
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
+
+from hirescam_jax.compiling import compiler_options
 
 Head: TypeAlias = Callable[[Array], Array]
 Labels: TypeAlias = Sequence[int] | np.ndarray | Array | None
@@ -166,10 +168,19 @@ def explain(
         labels = np.asarray(labels)
         num_labels = jax.eval_shape(model.apply, variables, volumes).shape[1]
         _check_labels(labels, volumes.shape[0], num_labels)
-    return _explain(model, variables, volumes, labels, method)
+    leaves = jax.tree.leaves((variables, volumes, labels))
+    inside = any(isinstance(leaf, Tracer) for leaf in leaves)  # the outer jit has its own options
+    program = _explain if inside else _explain_program()
+    return program(model, variables, volumes, labels, method)
 
 
-@partial(jax.jit, static_argnames=("model", "method"))
+@cache
+def _explain_program() -> Callable[..., Explanation]:
+    return jax.jit(
+        _explain, static_argnames=("model", "method"), compiler_options=compiler_options()
+    )
+
+
 def _explain(model: Any, variables: Any, volumes: Array, labels: Labels, method: str):
     features = _at_least_float32(model.apply(variables, volumes, method="features"))
     head = partial(model.apply, variables, method="head")

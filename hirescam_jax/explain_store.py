@@ -37,7 +37,7 @@ from hirescam_jax.files import atomic_file
 from hirescam_jax.map_store import MapWriter
 from hirescam_jax.progress import progress, say
 from hirescam_jax.sharding import DATA, Layout
-from hirescam_jax.train import open_layout
+from hirescam_jax.step import open_layout
 
 HEADER = "maps.json"  # of a folder of NIfTI maps
 WRITERS = 4

@@ -28,7 +28,7 @@ from hirescam_jax.errors import UserError
 from hirescam_jax.explain_store import explain_store
 from hirescam_jax.map_store import MapWriter, open_maps
 from hirescam_jax.models import AxialNet
-from hirescam_jax.train import feature_grid, init_state, make_optimizer
+from hirescam_jax.step import feature_grid, init_state, make_optimizer
 
 LABELS = ("nodule", "pleural effusion", "a/b")
 REGIONS = ("left_lung", "right_lung")
