@@ -79,7 +79,7 @@ def explain_step(
         maps = {}
         for name in methods:
             options = {}
-            if name == "gradcam":  # it averages over the whole grid
+            if name == "gradcam" and sharding.split_axes(DEPTH):  # it averages over the whole grid
                 options = {"axis_name": DEPTH, "positions": math.prod(layout.grid)}
             maps[name] = METHODS[name](head, features, labels, **options)
         return head(features), maps

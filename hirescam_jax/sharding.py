@@ -69,6 +69,8 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 def split(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """`function` on each device's own part of its arguments (`jax.shard_map`)."""
+    if mesh.size == 1:
+        return function
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
 
