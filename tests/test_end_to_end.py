@@ -31,7 +31,7 @@ config = Config(
 COPIES, LABEL = 120, "pleural_effusion"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_maps_land_on_effusions_in_the_scanners_space(real_data: Path, tmp_path: Path):
     """A minute. The evidence must lie on the lesion itself, which no training has seen, and not
     only in its lung: well above any point of that lung, and above another patient's map."""

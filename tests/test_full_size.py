@@ -1,7 +1,7 @@
 """The paper's AxialNet at its full size, once, on whatever device there is.
 
 Some minutes on two cores and 16 GiB, so it is not part of the plain suite:
-    python -m pytest -m full_size
+    python -m pytest -m long
 """
 
 import jax
@@ -17,7 +17,7 @@ SHAPE = (405, 420, 420)
 LABELS, REGIONS = 80, 5
 
 
-@pytest.mark.full_size
+@pytest.mark.long
 def test_one_step_at_405_x_420_x_420():
     """It runs, and does what the paper's SGD does: the first step is the gradient itself."""
     config = Config(model=AxialNet(LABELS))

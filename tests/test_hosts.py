@@ -27,7 +27,7 @@ def losses(folder: Path) -> list[tuple[int, str, float, float]]:
     return [(one["step"], one["split"], one["class_loss"], one["mask_loss"]) for one in lines]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_then_two_give_the_losses_of_one(tmp_path):
     """An epoch on a mesh of 2 x 4 in which two processes share the slices of each volume, the next
     on 4 x 2 in two processes; the 5 validation volumes divide over neither. Then the evaluation."""

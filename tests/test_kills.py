@@ -86,7 +86,7 @@ def trained(folder: Path, kills: int, cache: Path) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fifty_kills(tmp_path):
     trained(tmp_path / "quiet", 0, tmp_path / "cache")
     unfinished = trained(tmp_path / "killed", KILLS, tmp_path / "cache")

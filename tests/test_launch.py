@@ -195,7 +195,7 @@ def until(true, seconds: float, what: str, folder: Path | None = None) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.slurm
 def test_a_preempted_slurm_job_requeues_itself_and_ends_alike(tmp_path):
     missing = [name for name in DAEMONS if shutil.which(name) is None]

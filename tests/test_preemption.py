@@ -244,7 +244,7 @@ def losses_of_lines(run: Path) -> list[str]:
     return (run / "metrics.jsonl").read_text().splitlines()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_to_one_process_stops_all_and_fewer_continue(tmp_path):
     """Four processes, of which one is told to stop, then two of which the other is, then one."""
     more = {"cache": tmp_path / "cache"}

@@ -105,7 +105,7 @@ def test_each_gradient_is_summed_once_and_nothing_else_is_large(exact):
         assert sum(np.prod(s, dtype=int) * n for s, n in rest.items()) < 2000, mesh
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_meshes_in_float32_are_as_near_to_float64_as_one_device(exact, tmp_path):
     """How far float32 is from float64 on one device is what rounding does to this step; on a mesh
     the sums have other orders, with an error of the same size: at most four times the largest."""
@@ -120,7 +120,7 @@ def test_meshes_in_float32_are_as_near_to_float64_as_one_device(exact, tmp_path)
             assert error < 4 * rounding, (mesh, name, error, rounding)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_micro_batches(tmp_path):
     """Without BatchNorm the mean over parts is the mean over the batch; with it, the parts are the
     same on every mesh."""

@@ -3,10 +3,8 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -573,35 +571,6 @@ def test_header_there_and_back(tmp_path):
 
 
 # -- several devices ------------------------------------------------------------------------------
-
-ON_DEVICES = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import jax
-from test_train import config_of, run_training
-assert jax.device_count() == 2
-run_training(config_of(), Path(sys.argv[2]))
-"""
-
-
-@pytest.mark.slow
-def test_two_devices_give_the_losses_of_one(trained, tmp_path):
-    flags = "--xla_force_host_platform_device_count=2"
-    command = [sys.executable, "-c", ON_DEVICES, str(Path(__file__).parent), str(tmp_path / "run")]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = losses_of(trained.path), losses_of(tmp_path / "run")
-    assert len(one) == len(two) == 9
-    for a, b in zip(one, two, strict=True):
-        assert a[:2] == b[:2]
-        np.testing.assert_allclose(a[2:], b[2:], rtol=1e-5)
 
 
 def test_batch_that_does_not_divide_over_the_devices(monkeypatch, tmp_path):
