@@ -76,6 +76,9 @@ def _group(line: str) -> int:
     if pairs := re.search(r"source_target_pairs=\{([\d,{}]*)\}", line):
         moves = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
         return 2 if any(a != b for a, b in moves) else 1
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", axes[2]))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(iota[2])
     if first := re.search(r"replica_groups=\{\{([\d,]*)\}", line):

@@ -138,11 +138,14 @@ HLO = """
   %d = s16[5,2]{1,0} collective-permute(%x), source_target_pairs={{0,0},{1,1}}
   %e = (f32[4]{0}, f32[16]{0}) all-gather-start(%x), replica_groups=[2,4]<=[8], op_name="jit(f)/g"
   %f = f32[4]{0} add(%x, %y)
+  %g = f32[4]{0} all-reduce(%x), replica_groups=mesh['data'=4,'depth'=2] {'depth'}, to_apply=%s
+  %h = f32[4]{0} all-reduce(%x), replica_groups=mesh['data'=4,'depth'=1] {'depth'}, to_apply=%s
 """
 
 
 def test_exchanges_are_read_from_a_program():
-    first, second, third = collectives(HLO)
+    first, second, third, fourth = collectives(HLO)
+    assert (fourth.kind, fourth.devices, fourth.payload) == ("all-reduce", 2, 16)
     assert (first.kind, first.devices, first.payload) == ("all-reduce", 2, 4 * 4 + 6 * 2)
     assert first.sent == first.payload  # twice, of half
     assert (second.kind, second.payload, second.sent) == ("collective-permute", 20, 20)
