@@ -3,7 +3,7 @@
     hirescam train configs/phantom_axialnet.py --run runs/phantom
 
 About a minute and a half on two CPU cores. Expect a test AUROC of about 0.78 and an OrganIoU of
-about 0.6 (`hirescam evaluate runs/phantom`); with --mask-weight 0 the OrganIoU falls to about 0.3.
+about 0.5 (`hirescam evaluate runs/phantom`); with --mask-weight 0 the OrganIoU falls to about 0.3.
 """
 
 from hirescam_jax.demo import demo_config
