@@ -53,7 +53,7 @@ def make_mesh(depth: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, WHOLE)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
