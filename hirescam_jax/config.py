@@ -86,8 +86,8 @@ class Config:
         patience: stop after so many epochs without a lower validation loss.
         workers: data-loading processes; 0 loads in threads of the training process.
         seed: of the initial weights, the order of the data and the augmentation.
-        weights: start from this file (.pth, .safetensors): a whole model, or torchvision's ResNet for
-            the backbone, with the rest at random. Read at the start only, not to resume.
+        weights: start from this file (.pth, .safetensors), of a whole model, or of a ResNet as in
+            torchvision for the backbone, with the rest at random. Not needed to resume.
     """
 
     model: AxialNet | Conv3DNet | BodyConv | CTNet = AxialNet()

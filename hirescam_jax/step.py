@@ -266,8 +266,8 @@ def open_layout(config: Config, shape: tuple[int, ...], *, evaluation: bool = Fa
 
 
 def check_slices(config: Config, evaluation: bool) -> None:
-    """Raises UserError for what cannot be done with a model whose `depth_unit` is None: its features
-    are of all slices at once."""
+    """Raises UserError for what needs features of single slices, if the model has none of them:
+    its `depth_unit` is None."""
     if config.model.depth_unit is not None:
         return
     kind = type(config.model).__name__

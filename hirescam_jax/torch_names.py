@@ -36,7 +36,6 @@ LEAVES = {
 }
 
 
-
 class Slot(NamedTuple):
     """Where a tensor of PyTorch belongs.
 
@@ -79,16 +78,24 @@ def slots_of(model: Any, shape: tuple[int, ...]) -> dict[str, Slot]:
     _layer(model, ("fc",))  # TypeError for any other object
     images = isinstance(model, VGG | ResNetClassifier | DenseNet | MobileNetV2)
     example = jax.ShapeDtypeStruct((1, *shape, 3) if images else (1, *shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), example)
+    variables: Any = jax.eval_shape(model.init, jax.random.key(0), example)
     features = jax.eval_shape(lambda v, x: model.apply(v, x, method="features"), variables, example)
     name, grid = _flat_layer(model, features.shape[1:-1])
     slots = {}
-    for path, leaf in flatten_dict(variables).items():
+    leaves: Any = flatten_dict(variables)
+    for path, leaf in leaves.items():
         slot = Slot(path, leaf.shape)
         if path[1:] == (name, "kernel"):
             slot = Slot(path, leaf.shape, grid, isinstance(model, AxialNet))
         slots[tensor_name(_layer(model, path[1:-1]), path[-1])] = slot
-    return slots
+    return dict(sorted(slots.items(), key=lambda item: _in_order(item[0])))
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort names as PyTorch does: by numbers, weights before biases."""
+    *layer, leaf = name.split(".")
+    numbered = [(int(part), "") if part.isdecimal() else (-1, part) for part in layer]
+    return [*numbered, (list(LEAVES.values()).index(leaf), leaf)]
 
 
 def _flat_layer(model: Any, grid: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
@@ -134,7 +141,9 @@ def _layer(model: Any, path: tuple[str, ...]) -> str:
         case DenseNet():
             return "classifier" if first == "fc" else f"features.{path[1].replace('_', '.')}"
         case MobileNetV2():
-            return "classifier.1" if first == "fc" else f"features.{_mobilenet_layer(model, path[1])}"
+            return (
+                "classifier.1" if first == "fc" else f"features.{_mobilenet_layer(model, path[1])}"
+            )
     raise TypeError(f"{type(model).__name__} is no network of hirescam_jax.models")
 
 

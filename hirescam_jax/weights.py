@@ -51,7 +51,7 @@ def to_torch(model: Any, variables: Mapping[str, Any], shape: tuple[int, ...]) -
         ValueError: variables of another model or for another `shape`.
     """
     slots = slots_of(model, shape)
-    leaves = flatten_dict({name: dict(tree) for name, tree in variables.items()})
+    leaves: Any = flatten_dict({name: dict(tree) for name, tree in variables.items()})
     shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
     wanted = {slot.path: slot.shape for slot in slots.values()}
     for path in sorted(wanted.keys() | shapes.keys()):
@@ -68,9 +68,7 @@ def to_torch(model: Any, variables: Mapping[str, Any], shape: tuple[int, ...]) -
     return tensors
 
 
-def start_weights(
-    path: str, model: Any, shape: tuple[int, ...]
-) -> tuple[dict[str, Any], str]:
+def start_weights(path: str, model: Any, shape: tuple[int, ...]) -> tuple[dict[str, Any], str]:
     """What a training starts from: all variables of `model`, or, from torchvision's ResNet, those
     of its backbone; and a line that says which.
 
@@ -87,7 +85,7 @@ def start_weights(
         if slot.path[1] == "resnet"
     }
     if not slots:
-        raise UserError(f"{path}: torchvision's ResNet, of which {type(model).__name__} has no part")
+        raise UserError(f"{path}: torchvision's ResNet, which {type(model).__name__} has not")
     left = {name: tensors[name] for name in tensors if name.startswith("fc.")}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in left}
     _check(f"{type(model).__name__}'s ResNet", slots, tensors, path)
@@ -229,6 +227,11 @@ SIGNS = (
 )
 
 
+def _owner(names: Iterable[str]) -> str:
+    found = set(names)
+    return next((owner for sign, owner in SIGNS if sign in found), "")
+
+
 def _check(kind: str, slots: dict[str, Slot], tensors: Tensors, where: str) -> None:
     """Raises UserError unless the tensors are those of the slots."""
     shapes = {name: slot.torch_shape for name, slot in slots.items()}
@@ -241,10 +244,11 @@ def _check(kind: str, slots: dict[str, Slot], tensors: Tensors, where: str) -> N
     ]
     if not (missing or extra or wrong):
         return
-    other = ""
-    if 2 * len(missing) > len(shapes):
-        looks = [owner for sign, owner in SIGNS if sign in tensors]
-        other = " but of another architecture" + (f", as of {looks[0]}" if looks else "")
+    other, owner = "", _owner(tensors)
+    if owner and owner != _owner(shapes) and kind not in owner:
+        other = f" but of another architecture, {owner}"
+    elif 2 * len(missing) > len(shapes):
+        other = " but of another architecture"
     parts = [
         _first_of("missing", [_described(item) for item in missing]),
         _first_of("not known", [_described(item) for item in extra]),

@@ -44,8 +44,10 @@ def torch():
 
 
 @pytest.fixture(scope="module")
-def torchvision():
-    return pytest.importorskip("torchvision")
+def torchvision(torch):
+    from torch_models import import_torchvision
+
+    return import_torchvision()
 
 
 # -- full size ------------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ def test_what_needs_slices_is_refused_for_ctnet(tmp_path, change, line):
 
 
 def test_volumes_too_small_for_bodyconv():
-    with pytest.raises(UserError, match="config.model"):
+    with pytest.raises(UserError, match=r"config\.model "):
         feature_grid(BODY, (16, 32, 32))
     layout = open_layout(Config(model=BODY), (36, 32, 40))
     assert (layout.grid, layout.unit) == ((2, 3, 4), 18)

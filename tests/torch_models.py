@@ -3,14 +3,33 @@
 Each is made like one of ours and returns its features, channels last, and its logits.
 """
 
+import importlib
+import importlib.util
 import itertools
 import math
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet, CTNet
+
+
+def import_torchvision():
+    """torchvision; the test is skipped without it.
+
+    Its networks use none of its compiled operators. Those are missing where it was built for
+    another PyTorch than is here (with CUDA, say); then those that importing asks for are declared.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor d, Tensor s, float t) -> Tensor")
+        return importlib.import_module("torchvision")
 
 
 class Basic(nn.Module):
@@ -106,12 +125,12 @@ class TorchAxialNet(nn.Module):
     def forward(self, volume):
         x = self.features(images_of(volume, self.like.channels))
         x = self.conv2d(x) if self.like.conv_widths else x
-        features = x.reshape(len(volume), -1, *x.shape[1:])  # [B, S, C, h, w]
+        features = x.movedim(1, -1).unflatten(0, (len(volume), -1))  # [B, S, h, w, C]
         if self.like.pool == "dense":
-            return features.movedim(2, -1), self.fc(features.movedim(2, 1)).flatten(1)
-        scores = self.fc(features.flatten(0, 1)).reshape(len(volume), -1, self.like.num_labels)
-        logits = scores.mean(1) if self.like.pool == "mean" else scores.amax(1)
-        return features.movedim(2, -1), logits
+            return features, self.fc(features.movedim(-1, 1)).flatten(1)
+        scores = self.fc(features.movedim(-1, 2).flatten(0, 1))
+        scores = scores.reshape(len(volume), -1, self.like.num_labels)
+        return features, scores.mean(1) if self.like.pool == "mean" else scores.amax(1)
 
 
 class TorchBodyConv(nn.Module):
@@ -132,8 +151,8 @@ class TorchBodyConv(nn.Module):
         x = x.reshape(len(volume), -1, *x.shape[1:])  # [B, S, C, h, w]
         if isinstance(self.like, BodyConv):
             x = x.transpose(1, 2)
-        x = self.reducingconvs(x)
-        return x.movedim(1, -1), self.classifier(x.flatten(1))
+        features = self.reducingconvs(x).movedim(1, -1)
+        return features, self.classifier(features.movedim(-1, 1).flatten(1))
 
 
 class TorchConv3DNet(nn.Module):
@@ -146,8 +165,8 @@ class TorchConv3DNet(nn.Module):
         self.classifier = classifier(math.prod(grid) * channels, like)
 
     def forward(self, volume):
-        x = self.reducingconvs(volume[:, None])
-        return x.movedim(1, -1), self.classifier(x.flatten(1))
+        features = self.reducingconvs(volume[:, None]).movedim(1, -1)
+        return features, self.classifier(features.movedim(-1, 1).flatten(1))
 
 
 def torch_model(like, grid, shape) -> nn.Module:

@@ -76,7 +76,13 @@ class VGG(nn.Module):
     """
 
     num_labels: int = 1000
-    widths: tuple[tuple[int, ...], ...] = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)
+    widths: tuple[tuple[int, ...], ...] = (
+        (64,) * 2,
+        (128,) * 2,
+        (256,) * 3,
+        (512,) * 3,
+        (512,) * 3,
+    )
     classifier: Literal["mlp", "gap", "flatten"] = "mlp"
     hidden: tuple[int, ...] = (4096, 4096)
     dropout: float = 0.5

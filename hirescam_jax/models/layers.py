@@ -346,4 +346,4 @@ def conv3d_by_planes(x: Array, kernel: Array, stride: int | tuple[int, int, int]
 
 
 def _three(sizes: int | tuple[int, int, int]) -> tuple[int, int, int]:
-    return (sizes,) * 3 if isinstance(sizes, int) else sizes
+    return (sizes, sizes, sizes) if isinstance(sizes, int) else sizes
