@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
+from test_models import random_variables
 from test_sharding import distance, run_program
 
 from hirescam_jax import explain
@@ -17,6 +19,7 @@ from hirescam_jax.data.phantom import PhantomConfig
 from hirescam_jax.errors import UserError
 from hirescam_jax.evaluate import evaluate_run
 from hirescam_jax.explain_files import explain_files
+from hirescam_jax.explain_store import explain_store
 from hirescam_jax.models import (
     VGG,
     AxialNet,
@@ -53,14 +56,22 @@ def torchvision(torch):
 # -- full size ------------------------------------------------------------------------------------
 
 
-def shapes_of(model, shape):
-    """Of features and logits, and the number of parameters; nothing is computed."""
-    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    features = jax.eval_shape(partial(model.apply, method="features"), variables, x)
-    logits = jax.eval_shape(partial(model.apply, method="head"), variables, features)
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
-    return features.shape, logits.shape, count
+def assert_same_size(model, shape, features, net):
+    """Shapes of features and logits, the number of parameters, and all tensors by name; nothing is
+    computed. shape: (D, H, W) or (H, W)."""
+    slots = slots_of(model, shape)
+    theirs = {n: tuple(t.shape) for n, t in net.state_dict().items() if t.ndim}
+    assert {name: slot.torch_shape for name, slot in slots.items()} == theirs
+    count = sum(math.prod(s.shape) for s in slots.values() if s.path[0] == "params")
+    assert count == sum(p.numel() for p in net.parameters())
+
+    float32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    variables = unflatten_dict({slot.path: float32(slot.shape) for slot in slots.values()})
+    x = float32((1, *shape) if len(shape) == 3 else (1, *shape, 3))
+    found = jax.eval_shape(partial(model.apply, method="features"), variables, x)
+    assert found.shape == (1, *features)
+    logits = jax.eval_shape(partial(model.apply, method="head"), variables, found)
+    assert logits.shape == (1, model.num_labels)
 
 
 @pytest.mark.parametrize(
@@ -81,16 +92,12 @@ def shapes_of(model, shape):
 def test_paper_networks_at_full_size(torch, model, features):
     from torch_models import torch_model
 
-    found = shapes_of(model, FULL)
     with torch.device("meta"):
         net = torch_model(model, features[:-1], FULL)
         wanted_features, wanted_logits = net(torch.empty(1, *FULL))
-    assert found[0] == (1, *features) == tuple(wanted_features.shape)
-    assert found[1] == (1, 80) == tuple(wanted_logits.shape)
-    assert found[2] == sum(p.numel() for p in net.parameters())
-    slots = slots_of(model, FULL)
-    theirs = {n: tuple(t.shape) for n, t in net.state_dict().items() if t.ndim}
-    assert {name: slot.torch_shape for name, slot in slots.items()} == theirs
+    assert wanted_features.shape == (1, *features)
+    assert wanted_logits.shape == (1, 80)
+    assert_same_size(model, FULL, features, net)
 
 
 @pytest.mark.parametrize(
@@ -105,23 +112,17 @@ def test_paper_networks_at_full_size(torch, model, features):
     ],
 )
 def test_image_networks_at_full_size(torch, torchvision, name, model, features):
-    found = shapes_of(model, (224, 224, 3))
     with torch.device("meta"):
         net = getattr(torchvision.models, name)()
-        logits = net(torch.empty(2, 3, 224, 224))
-    assert found[0] == (1, *features)
-    assert found[1] == (1, 1000) == (1, logits.shape[1])
-    assert found[2] == sum(p.numel() for p in net.parameters())
-    slots = slots_of(model, (224, 224))
-    theirs = {n: tuple(t.shape) for n, t in net.state_dict().items() if t.ndim}
-    assert {name: slot.torch_shape for name, slot in slots.items()} == theirs
+        assert net(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+    assert_same_size(model, (224, 224), features, net)
 
 
 # -- explanations ---------------------------------------------------------------------------------
 
-SMALL = {"blocks": (1, 1), "widths": (4, 6), "stem": "small"}
-BODY = BodyConv(3, **SMALL, conv_widths=(4, 3), channels=2, hidden=(8, 7))
-CT = CTNet(3, (1, 1), (4, 18), "small", conv_widths=(4, 3), channels=2, hidden=(8, 7))
+SMALL = {"blocks": (1,), "widths": (6,), "stem": "small"}
+BODY = BodyConv(3, **SMALL, conv_widths=(4, 3), channels=2, hidden=(8,))
+CT = CTNet(3, (1,), (18,), "small", conv_widths=(4, 3), channels=2, hidden=(8,))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ CT = CTNet(3, (1, 1), (4, 18), "small", conv_widths=(4, 3), channels=2, hidden=(
 )
 def test_hirescam_is_complete_where_the_head_is_affine(model, shape):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, *shape)), jnp.float32)
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    variables = random_variables(model, x.shape)
     found = explain(model, variables, x)
     scale = np.abs(found.logits).max()
     assert scale > 1e-3
@@ -150,17 +151,6 @@ def test_attention_scales():
     assert ResNetClassifier().attention_scale((7, 5)) == 35
     assert ResNetClassifier(classifier="flatten").attention_scale((7, 5)) == 1
     assert VGG().attention_scale((7, 7)) == 1
-
-
-def test_unknown_fields_of_networks():
-    x = jnp.zeros((1, 6, 12, 12))
-    with pytest.raises(ValueError, match="pool must be 'mean', 'max' or 'dense'"):
-        jax.eval_shape(AxialNet(pool="sum").init, jax.random.key(0), x)
-    with pytest.raises(ValueError, match="block must be 'basic' or 'bottleneck'"):
-        jax.eval_shape(AxialNet(block="wide").init, jax.random.key(0), x)
-    images = jnp.zeros((1, 32, 32, 3))
-    with pytest.raises(ValueError, match="classifier must be 'gap' or 'flatten'"):
-        jax.eval_shape(DenseNet(classifier="mlp").init, jax.random.key(0), images)
 
 
 # -- layers ---------------------------------------------------------------------------------------
@@ -221,8 +211,8 @@ def test_adaptive_pooling_is_torchs(torch, size):
 
 def test_slices_that_make_no_cell_change_nothing():
     """Neither BodyConv's features nor BatchNorm's statistics."""
-    volume = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 24, 28)), jnp.float32)
-    variables = jax.jit(BODY.init)(jax.random.key(0), volume)
+    volume = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 12, 14)), jnp.float32)
+    variables = random_variables(BODY, volume.shape)
     assert BODY.depth_unit == 18
 
     @jax.jit
@@ -236,8 +226,8 @@ def test_slices_that_make_no_cell_change_nothing():
 
 def test_the_first_axis_of_ctnets_features_is_not_the_slices():
     """Every cell is of all slices: changing one slice changes all cells."""
-    volume = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 24, 28)), jnp.float32)
-    variables = jax.jit(CT.init)(jax.random.key(0), volume)
+    volume = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 12, 14)), jnp.float32)
+    variables = random_variables(CT, volume.shape)
     run = jax.jit(partial(CT.apply, variables, method="features"))
     before, after = run(volume), run(volume.at[:, 0].add(1.0))
     assert before.shape == (1, 2, 2, 2, 3)
@@ -247,7 +237,7 @@ def test_the_first_axis_of_ctnets_features_is_not_the_slices():
 
 CT_CONFIG = Config(
     model=CT.clone(num_labels=12),
-    data=PhantomData(PhantomConfig(shape=(6, 24, 24)), train_size=2, val_size=2, test_size=2),
+    data=PhantomData(PhantomConfig(shape=(6, 12, 12)), train_size=2, val_size=2, test_size=2),
     preprocess=Preprocess(rotate=0.0),
     batch_size=2,
     epochs=1,
@@ -255,15 +245,22 @@ CT_CONFIG = Config(
 )
 
 
-def test_ctnet_is_trained_and_evaluated_but_not_explained_on_slices(tmp_path):
+@pytest.mark.long
+def test_ctnet_is_trained_and_evaluated(tmp_path):
     run = train(CT_CONFIG, tmp_path / "run")
     result = evaluate_run(run, open_data(run.config, "val"), open_data(run.config, "test"))
     assert result["organ_iou"] == {}
     assert result["volumes"] == 2
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert '"mask_loss": 0.0' in lines
+
+
+def test_ctnets_maps_are_not_laid_on_volumes(tmp_path):
+    run = Run(tmp_path, Header(CT_CONFIG, ("a",), ("b",), (6, 12, 12), (1.0, 1.0, 1.0)), {}, 0)
     with pytest.raises(UserError, match="the maps of CTNet have no slices"):
         explain_files(run, [tmp_path], tmp_path / "maps")
+    with pytest.raises(UserError, match="the maps of CTNet have no slices"):
+        explain_store(run, tmp_path, "test", tmp_path / "maps")
 
 
 @pytest.mark.parametrize(
@@ -282,8 +279,8 @@ def test_what_needs_slices_is_refused_for_ctnet(tmp_path, change, line):
 
 def test_volumes_too_small_for_bodyconv():
     with pytest.raises(UserError, match=r"config\.model "):
-        feature_grid(BODY, (16, 32, 32))
-    layout = open_layout(Config(model=BODY), (36, 32, 40))
+        feature_grid(BODY, (16, 16, 16))
+    layout = open_layout(Config(model=BODY), (36, 16, 20))
     assert (layout.grid, layout.unit) == ((2, 3, 4), 18)
 
 
@@ -295,7 +292,7 @@ def test_configs_with_the_networks_are_kept(model):
     assert Run(Path("run"), header, {}, 0).model == model
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["bodyconv", "axialnet-dense"])
 def test_every_mesh_gives_the_step_of_one_device(tmp_path, name):
     """As test_sharding has it, for networks whose cells are of several images, or whose last layer

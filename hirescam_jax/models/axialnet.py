@@ -60,7 +60,8 @@ class AxialNet(nn.Module):
 
     def behind_depth(self, name: str) -> bool:
         """Whether a parameter ("fc/kernel", say) acts on what all slices were summed to."""
-        return self.pool == "mean" and name.startswith("fc/")
+        behind = {"mean": ("fc/kernel", "fc/bias"), "dense": ("fc/bias",)}
+        return name in behind.get(self.pool, ())
 
     def setup(self):
         if self.pool not in ("mean", "max", "dense"):
