@@ -31,7 +31,7 @@ from hirescam_jax.models import (
     ResNetClassifier,
 )
 from hirescam_jax.models.images import adaptive_average_pool
-from hirescam_jax.models.layers import conv, conv3d, conv3d_by_planes, conv3d_direct
+from hirescam_jax.models.layers import conv, conv3d_by_planes, conv3d_direct
 from hirescam_jax.preprocess import Preprocess
 from hirescam_jax.step import feature_grid, open_layout
 from hirescam_jax.torch_names import slots_of
@@ -78,7 +78,6 @@ def assert_same_size(model, shape, features, net):
     ("model", "features"),
     [
         (AxialNet(), (135, 6, 6, 16)),
-        (AxialNet(pool="max"), (135, 6, 6, 16)),
         (AxialNet(pool="dense"), (135, 6, 6, 16)),
         (AxialNet(conv_widths=()), (135, 14, 14, 512)),
         (AxialNet(blocks=RESNET34), (135, 6, 6, 16)),
@@ -87,7 +86,7 @@ def assert_same_size(model, shape, features, net):
         (CTNet(), (18, 5, 5, 16)),
         (Conv3DNet(), (5, 5, 5, 64)),
     ],
-    ids=["axialnet", "max", "dense", "no-convs", "34", "50", "bodyconv", "ctnet", "conv3d"],
+    ids=["axialnet", "dense", "no-convs", "34", "50", "bodyconv", "ctnet", "conv3d"],
 )
 def test_paper_networks_at_full_size(torch, model, features):
     from torch_models import torch_model
@@ -166,7 +165,7 @@ def test_conv3d_of_unequal_kernel_and_stride_is_torchs(torch):
     weights = rng.normal(size=tuple(wanted.shape))
     (wanted * torch.tensor(weights)).sum().backward()
     cotangent = np.moveaxis(weights, 1, -1)
-    for convolve in (conv3d, conv3d_direct, conv3d_by_planes):
+    for convolve in (conv3d_direct, conv3d_by_planes):
         with jax.enable_x64(True):
             run = jax.jit(lambda x, w, f=convolve: jax.vjp(lambda x, w: f(x, w, (3, 1, 2)), x, w))
             y, pull = run(jnp.asarray(x), jnp.asarray(w))

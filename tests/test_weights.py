@@ -217,14 +217,14 @@ def torch_step(net, model, optimizer, batch):
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("axialnet", 1),
         ("axialnet", 2),
-        pytest.param("axialnet-max", 1, marks=pytest.mark.long),
-        ("axialnet-max", 2),
-        pytest.param("bodyconv", 1, marks=pytest.mark.long),
+        ("axialnet-max", 1),
         ("bodyconv", 2),
-        pytest.param("conv3d", 1, marks=pytest.mark.long),
-        ("conv3d", 2),
+        ("conv3d", 1),
+        pytest.param("axialnet", 1, marks=pytest.mark.long),
+        pytest.param("axialnet-max", 2, marks=pytest.mark.long),
+        pytest.param("bodyconv", 1, marks=pytest.mark.long),
+        pytest.param("conv3d", 2, marks=pytest.mark.long),
     ],
 )
 def test_a_step_of_training_is_pytorchs(name, size):
@@ -276,9 +276,10 @@ def leaf_at(tree, path):
 # -- what weight files look like ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrap", ["params", "state_dict", ""])
-@pytest.mark.parametrize("prefix", ["module.", ""])
-@pytest.mark.parametrize("suffix", ["", ".pth"])
+@pytest.mark.parametrize(
+    ("wrap", "prefix", "suffix"),
+    [("params", "module.", ""), ("state_dict", "", ".pth"), ("", "module.", ".pth"), ("", "", "")],
+)
 def test_checkpoints_of_training_scripts_are_read(tmp_path, wrap, prefix, suffix):
     """The authors' are {"params": ..., "optimizer": ...}, of DataParallel, and have no suffix."""
     model, net, shape = paper_net("axialnet")
@@ -539,7 +540,7 @@ def test_training_starts_from_a_file_and_resumes_without_it(files, tmp_path, cap
 
 
 def test_torchvisions_resnet_starts_the_backbone(torchvision, tmp_path):
-    net = randomise(torchvision.models.resnet18())
+    net = torchvision.models.resnet18()
     torch.save(net.state_dict(), tmp_path / "resnet18.pth")
     start, line = start_weights(str(tmp_path / "resnet18.pth"), AxialNet(), (6, 420, 420))
     assert "fc.weight (1000, 512) and fc.bias (1000,) are left out" in line
