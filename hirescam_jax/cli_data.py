@@ -270,8 +270,8 @@ def localize(
 
 
 def table(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("tables")) -> None:
-    """Turn the evaluations of runs (`hirescam evaluate RUN`) into tables: models, labels and organs,
-    each as CSV, Markdown and LaTeX.
+    """Turn the evaluations of runs (`hirescam evaluate RUN`) into tables of models, labels and
+    organs, each as CSV, Markdown and LaTeX.
 
     Args:
         runs: folders of runs, in the order of the rows.

@@ -130,7 +130,7 @@ def read_evaluations(runs: Sequence[Path], file: str = "evaluation.json") -> dic
 
 
 def tables(evaluations: dict[str, Any], split: str = "test") -> dict[str, Table]:
-    """{"models": a run a row, "labels": a label and run a row, "organs": an organ and run a row}."""
+    """{"models": a row a run, "labels": a row a label and run, "organs": a row an organ and run}."""
     names = tuple(measure.name for measure in MEASURES)
 
     def cells(evaluation: dict[str, Any], part: str, key: str | None) -> tuple[Interval, ...]:
@@ -158,7 +158,9 @@ def tables(evaluations: dict[str, Any], split: str = "test") -> dict[str, Table]
     }
     for title, part, row in (("labels", "labels", "label"), ("organs", "organs", "organ")):
         rows = tuple(
-            ((key, name), cells(e, part, key)) for key in keys(part) for name, e in evaluations.items()
+            ((key, name), cells(e, part, key))
+            for key in keys(part)
+            for name, e in evaluations.items()
         )
         if rows:
             built[title] = Table(f"By {row}, {note}.", (row, "model"), names, rows)

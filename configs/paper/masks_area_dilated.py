@@ -1,6 +1,6 @@
 """Masks of the mask loss brought to the feature grid by 'area', then grown by a cell.
 
-    hirescam train configs/paper/masks_area_dilated.py --run runs/masks_area_dilated
+    hirescam train configs/paper/masks_area_dilated.py --run runs/NAME
 
 Starts from torchvision's resnet18-f37072fd.pth and reads the store `prepared` (--weights,
 --data.path). About 5 TFLOP a step; `--reduced` makes it a minute on phantom CTs.

@@ -1,6 +1,6 @@
 """Masks of the mask loss brought to the feature grid by 'nearest', not grown.
 
-    hirescam train configs/paper/masks_nearest.py --run runs/masks_nearest
+    hirescam train configs/paper/masks_nearest.py --run runs/NAME
 
 The paper's choice.
 Starts from torchvision's resnet18-f37072fd.pth and reads the store `prepared` (--weights,

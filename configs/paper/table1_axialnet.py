@@ -1,6 +1,6 @@
 """Table 1, AxialNet: 2D ResNet-18, four convolutions, mean over the slices.
 
-    hirescam train configs/paper/table1_axialnet.py --run runs/table1_axialnet
+    hirescam train configs/paper/table1_axialnet.py --run runs/NAME
 
 Starts from torchvision's resnet18-f37072fd.pth and reads the store `prepared` (--weights,
 --data.path). About 5 TFLOP a step; `--reduced` makes it a minute on phantom CTs.

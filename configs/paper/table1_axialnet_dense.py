@@ -1,6 +1,6 @@
 """AxialNet with one fully connected layer over the features of all slices (3D FC).
 
-    hirescam train configs/paper/table1_axialnet_dense.py --run runs/table1_axialnet_dense
+    hirescam train configs/paper/table1_axialnet_dense.py --run runs/NAME
 
 Starts from torchvision's resnet18-f37072fd.pth and reads the store `prepared` (--weights,
 --data.path). About 5 TFLOP a step; `--reduced` makes it a minute on phantom CTs.

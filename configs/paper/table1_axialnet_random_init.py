@@ -1,6 +1,6 @@
 """Table 1, AxialNet from random weights in place of those from ImageNet.
 
-    hirescam train configs/paper/table1_axialnet_random_init.py --run runs/table1_axialnet_random_init
+    hirescam train configs/paper/table1_axialnet_random_init.py --run runs/NAME
 
 About 5 TFLOP a step; `--reduced` makes it a minute on phantom CTs.
 """

@@ -1,6 +1,6 @@
 """Table 1, 3DConv: strided 3D convolutions and three FC layers, from random weights.
 
-    hirescam train configs/paper/table1_conv3d.py --run runs/table1_conv3d
+    hirescam train configs/paper/table1_conv3d.py --run runs/NAME
 
 `--reduced` makes it a minute on phantom CTs. Its head is not affine: its maps have no guarantee.
 """

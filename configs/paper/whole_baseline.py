@@ -1,6 +1,6 @@
 """All the data, AxialNet without the mask loss.
 
-    hirescam train configs/paper/whole_baseline.py --run runs/whole_baseline
+    hirescam train configs/paper/whole_baseline.py --run runs/NAME
 
 Starts from torchvision's resnet18-f37072fd.pth and reads the store `prepared` (--weights,
 --data.path). About 5 TFLOP a step; `--reduced` makes it a minute on phantom CTs.

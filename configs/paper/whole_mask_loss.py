@@ -1,6 +1,6 @@
 """All the data, AxialNet with the mask loss (arXiv 2111.12215): the paper's main result.
 
-    hirescam train configs/paper/whole_mask_loss.py --run runs/whole_mask_loss
+    hirescam train configs/paper/whole_mask_loss.py --run runs/NAME
 
 Starts from torchvision's resnet18-f37072fd.pth and reads the store `prepared` (--weights,
 --data.path). About 5 TFLOP a step; `--reduced` makes it a minute on phantom CTs.
