@@ -128,6 +128,15 @@ class Run:
         """Hounsfield units -> what the model takes."""
         return self.config.preprocess.normalize(volume)
 
+    def check_maps(self) -> None:
+        """Raises UserError if the model's maps cannot be laid on a volume."""
+        if self.model.depth_unit is None:
+            raise UserError(
+                f"{self.path}: the maps of {type(self.model).__name__} have no slices "
+                "and cannot be laid on a volume; `hirescam_jax.explain` gives them on their own "
+                "grid"
+            )
+
     def on_mesh(self, depth_devices: int | None) -> "Run":
         """The same run, to be used with so many devices a volume; None for as many as it has."""
         if depth_devices is None:

@@ -76,6 +76,58 @@ def train(arguments: Sequence[str]) -> None:
     )
 
 
+def convert(arguments: Sequence[str]) -> None:
+    """hirescam convert SOURCE TARGET [--config CONFIG.py] [--FIELD VALUE ...] [--overwrite]"""
+    from hirescam_jax import config as configs
+    from hirescam_jax.convert import run_to_weights, weights_to_run
+
+    path, rest = _take_option(arguments, "--config")
+    default = configs.load_config(Path(path)) if path else configs.Config()
+
+    def command(
+        source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help=CONVERT_SOURCE)],
+        target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help=CONVERT_TARGET)],
+        config: Annotated[configs.Config, tyro.conf.arg(name="")] = default,
+        checkpoint: Annotated[Literal["best", "latest"], tyro.conf.arg(help="of a run")] = "best",
+        overwrite: Annotated[bool, tyro.conf.arg(help="replace TARGET")] = False,
+    ) -> None:
+        """PyTorch weights to a run folder (which needs --config CONFIG.py, of the model and its
+        data, whose fields can be overridden), or a run folder to PyTorch weights."""
+        if source.is_dir():
+            count = run_to_weights(source, target, checkpoint, overwrite)
+        elif path is None:
+            raise UserError("convert: give --config CONFIG.py, which says the model and its data")
+        else:
+            configs.check_types(config, path)
+            count = weights_to_run(source, target, config, overwrite)
+        print(f"{target}: {count} tensors of {source}")
+
+    tyro.cli(
+        command,
+        prog=f"{PROGRAM} convert [--config CONFIG.py]",
+        args=rest,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+CONVERT_SOURCE = "a weight file (.pth, .safetensors), or the folder of a run"
+CONVERT_TARGET = "a new run folder, or a weight file (.pth, .pt, .safetensors)"
+
+
+def _take_option(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of an option, None without it, and the other arguments."""
+    rest, value = list(arguments), None
+    for i, argument in enumerate(rest):
+        if argument == name and i + 1 < len(rest):
+            value = rest[i + 1]
+            del rest[i : i + 2]
+            break
+        if argument.startswith(f"{name}="):
+            value = rest.pop(i).partition("=")[2]
+            break
+    return value, rest
+
+
 def evaluate(
     run: tyro.conf.Positional[Path],
     out: Path | None = None,
@@ -198,6 +250,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
   train      train a model from a config
   evaluate   measure a run: AUROC, average precision, OrganIoU
   explain    explain CT volumes (NIfTI), or a store, with a run
+  convert    PyTorch weights to a run folder, or a run to PyTorch weights
   phantom    write phantom CTs as NIfTI
   lesions    write copies of real CTs with synthetic lesions, to check a pipeline
   localize   compare written maps with masks of lesions
@@ -211,6 +264,8 @@ Kubernetes and on TPU pods; elsewhere each of N is given
   --start-timeout SECONDS      wait for the others at start (default 300)
   --heartbeat-timeout SECONDS  one that is silent for so long counts as dead (default 100)"""
 
+# Those whose options are the fields of a config file.
+OWN_ARGUMENTS = {"train": train, "convert": convert}
 # Those that run on several processes.
 DISTRIBUTED = ("train", "evaluate", "explain")
 
@@ -255,14 +310,14 @@ def _run(arguments: Sequence[str]) -> None:
             raise UserError(f"--coordinator: '{name}' runs in one process")
     elif not {"-h", "--help"} & set(rest):
         distributed.start(launch, preemptible=name == "train")
-    if name == "train":
-        train(rest)
+    if name in OWN_ARGUMENTS:
+        OWN_ARGUMENTS[name](rest)
     elif name in COMMANDS:
         tyro.cli(COMMANDS[name], prog=f"{PROGRAM} {name}", args=rest)
     else:
         from hirescam_jax.config import nearest
 
-        raise UserError(f"no command '{name}'{nearest(name, [*COMMANDS, 'train'])}")
+        raise UserError(f"no command '{name}'{nearest(name, [*COMMANDS, *OWN_ARGUMENTS])}")
 
 
 def _end(message: str, code: int) -> NoReturn:

@@ -22,7 +22,7 @@ from beartype.door import is_bearable
 from hirescam_jax.data.phantom import PhantomConfig
 from hirescam_jax.data.regions import Method
 from hirescam_jax.errors import UserError
-from hirescam_jax.models import AxialNet, Conv3DNet
+from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet, CTNet
 from hirescam_jax.preprocess import Preprocess
 
 
@@ -96,9 +96,11 @@ class Config:
         patience: stop after so many epochs without a lower validation loss.
         workers: data-loading processes; 0 loads in threads of the training process.
         seed: of the initial weights, the order of the data and the augmentation.
+        weights: start from this file (.pth, .safetensors): a whole model, or torchvision's ResNet for
+            the backbone, with the rest at random. Read at the start only, not to resume.
     """
 
-    model: AxialNet | Conv3DNet = AxialNet()
+    model: AxialNet | Conv3DNet | BodyConv | CTNet = AxialNet()
     data: PhantomData | StoreData = PhantomData()
     preprocess: Preprocess = Preprocess()
     optimizer: SGD | Adam = SGD()
@@ -112,6 +114,7 @@ class Config:
     patience: int = 15
     workers: int = 0
     seed: int = 0
+    weights: str = ""
 
 
 def load_config(path: Path) -> Config:

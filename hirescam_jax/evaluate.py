@@ -42,8 +42,11 @@ class Predictions(NamedTuple):
 def predict_step(
     variables: Any, batch: dict[str, Array], *, config: Config, layout: Layout
 ) -> dict[str, Any]:
-    """Logits, labels and OrganIoU of both map methods for a batch, in one program."""
-    logits, maps = explain_step(variables, batch["volume"], config=config, layout=layout)
+    """Logits, labels and OrganIoU of both map methods for a batch, in one program; of none for a
+    model whose maps have no slices (CTNet)."""
+    methods = tuple(METHODS) if config.model.depth_unit is not None else ()
+    options: Any = {"config": config, "layout": layout, "methods": methods}
+    logits, maps = explain_step(variables, batch["volume"], **options)
     regions = batch["regions"][:, :, : layout.cells]
     allowed = allowed_of(batch["findings"], regions)
     return {

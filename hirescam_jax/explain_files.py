@@ -90,6 +90,7 @@ def explain_files(
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is too small: give 1 or more")
+    run.check_maps()
     wanted = label_indices(labels, run.labels)
     files = _input_files(inputs)
     folders = _output_folders(files, Path(out), overwrite)

@@ -133,6 +133,7 @@ def explain_store(
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is too small: give 1 or more")
+    run.check_maps()
     chosen = label_indices(labels, run.labels) or tuple(range(len(run.labels)))
     config = dataclasses.replace(run.config, batch_size=batch_size)
     layout = open_layout(config, run.shape, evaluation=True)

@@ -181,6 +181,8 @@ def eval_step(
     penalty = partial(forbidden_attention, cells=cells)
     class_loss = of_each(classification_loss, head(features), labels_of(batch["findings"]))
     attention_loss = of_each(penalty, attention, batch["findings"], batch["regions"])
+    if model.depth_unit is None:
+        attention_loss = jnp.zeros_like(attention_loss)  # no slices on which a mask could lie
     loss = class_loss + config.mask_weight * attention_loss
     sums = {"loss": loss, "class_loss": class_loss, "mask_loss": attention_loss}
     sums = {name: jnp.sum(value * batch["weight"]) for name, value in sums.items()}
@@ -251,14 +253,34 @@ def open_layout(config: Config, shape: tuple[int, ...], *, evaluation: bool = Fa
     evaluation, where a last batch is filled up anyway, raised to what the devices can share.
 
     Raises:
-        UserError: a batch or a mesh that does not fit the devices.
+        UserError: a batch or a mesh that does not fit the devices, or settings that need slices for
+            a model whose features have none.
     """
+    check_slices(config, evaluation)
     mesh = sharding.make_mesh(config.depth_devices)
-    grid, unit = feature_grid(config.model, shape), config.model.depth_unit
+    grid, unit = feature_grid(config.model, shape), config.model.depth_unit or 1
     if evaluation:
         devices = mesh.shape[DATA]
         return Layout(mesh, -(-config.batch_size // devices) * devices, shape, grid, unit)
     return Layout(mesh, config.batch_size, shape, grid, unit, config.micro_batches)
+
+
+def check_slices(config: Config, evaluation: bool) -> None:
+    """Raises UserError for what cannot be done with a model whose `depth_unit` is None: its features
+    are of all slices at once."""
+    if config.model.depth_unit is not None:
+        return
+    kind = type(config.model).__name__
+    if config.depth_devices > 1:
+        raise UserError(
+            f"config.depth_devices = {config.depth_devices}: the features of {kind} are of all "
+            "slices at once, which therefore stay on one device: use 1"
+        )
+    if config.mask_weight > 0 and not evaluation:
+        raise UserError(
+            f"config.mask_weight = {config.mask_weight:g}: the features of {kind} have no slices, "
+            "so that masks mean nothing on its maps: use 0"
+        )
 
 
 def compile_train_step(

@@ -4,17 +4,19 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from hirescam_jax import checkpoint, distributed, sharding
 from hirescam_jax.config import Config
 from hirescam_jax.data.pipeline import Source, eval_batches, open_split, train_batches
 from hirescam_jax.errors import Preempted, UserError
 from hirescam_jax.preemption import Preemption
-from hirescam_jax.progress import Log, progress
+from hirescam_jax.progress import Log, progress, say
 from hirescam_jax.sharding import Layout
 from hirescam_jax.step import (
     TrainState,
@@ -27,6 +29,7 @@ from hirescam_jax.step import (
     open_layout,
 )
 from hirescam_jax.watch import Trace, Watch
+from hirescam_jax.weights import start_weights
 
 
 def open_data(config: Config, split: str) -> Source:
@@ -77,12 +80,18 @@ def train(
     epoch_steps = len(training) // config.batch_size
     optimizer = make_optimizer(config, epoch_steps * config.epochs)
     header = checkpoint.Header.of(config, training)
-    distributed.agree(header.facts(training=len(training), validation=len(validation)))
+    # A run that is resumed has its own weights, and does without the file.
+    start = {} if resume else start_of(config, layout.shape)
+    facts = header.facts(training=len(training), validation=len(validation))
+    distributed.agree({**facts, "the content of config.weights": _digest(start)})
     saver = checkpoint.Saver(run_dir, header, resume=resume)
 
     init = partial(init_state, config, optimizer, tuple(training.shape))
-    state = jax.jit(init, out_shardings=sharding.replicated(layout.mesh))()
-    state = saver.restore(state)
+    fresh = jax.jit(init, out_shardings=sharding.replicated(layout.mesh))()
+    state = saver.restore(fresh)
+    if state is fresh:
+        start = start or start_of(config, layout.shape)
+        state = with_weights(fresh, start, layout)
     step = int(state.step)
     epoch = saver.epochs_done(step, epoch_steps)
     counts = len(training.labels), len(training.regions)
@@ -148,3 +157,27 @@ def validate(
             "config.optimizer.learning_rate (the last good checkpoint is kept)"
         )
     return losses
+
+
+def start_of(config: Config, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The variables in the file of `config.weights`, all of the model's or those of its backbone;
+    none without a file."""
+    if not config.weights:
+        return {}
+    variables, line = start_weights(config.weights, config.model, shape)
+    say(line)
+    return variables
+
+
+def with_weights(state: TrainState, start: dict[str, Any], layout: Layout) -> TrainState:
+    """The initial state with the variables of `start_of` in the place of its own."""
+    own = sharding.replicate(start, layout.mesh)
+    return state.replace(
+        params={**state.params, **own.get("params", {})},
+        batch_stats={**state.batch_stats, **own.get("batch_stats", {})},
+    )
+
+
+def _digest(tree: Any) -> str:
+    """Of the bits of all arrays in a tree."""
+    return sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(tree))).hexdigest()

@@ -18,7 +18,7 @@ import numpy as np
 
 from hirescam_jax.config import SGD, Config
 from hirescam_jax.evaluate import explain_step
-from hirescam_jax.models import AxialNet, Conv3DNet
+from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet
 from hirescam_jax.preprocess import Preprocess
 from hirescam_jax.sharding import Layout, make_mesh
 from hirescam_jax.step import (
@@ -44,6 +44,14 @@ MODELS = {
         (29, 27, 27),
     ),
     "conv3d": (Conv3DNet(LABELS, widths=(4, 6), narrow=(5,), hidden=(8, 6)), (29, 27, 27)),
+    "axialnet-dense": (
+        AxialNet(LABELS, (1,), (4,), "small", (6,), "SAME", pool="dense", block="bottleneck"),
+        (30, 16, 16),
+    ),
+    "bodyconv": (  # three cells of nine slices, and two slices that make none
+        BodyConv(LABELS, (1,), (4,), "small", conv_widths=(6, 5), channels=1, hidden=(8, 6)),
+        (29, 16, 16),
+    ),
 }
 
 

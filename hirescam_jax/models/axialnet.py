@@ -1,13 +1,14 @@
 """AxialNet: a 2D ResNet on every slab of three slices, a linear score a slab, pooled over slabs."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hirescam_jax import sharding
+from hirescam_jax.models.heads import DepthDense
 from hirescam_jax.models.layers import ResNet, conv, wide
 from hirescam_jax.sharding import DEPTH
 
@@ -21,20 +22,23 @@ class AxialNet(nn.Module):
 
     `features`: A [B, S, h, w, C] (135 x 6 x 6 x 16 at full size), float32.
     `head`: logits [B, K]; one fully connected layer a slice, then the mean (or the max) over the
-    slices. Either is affine on the slices it selects, so HiResCAM is exact.
+    slices; or one layer over all slices. Each is affine on the slices it selects, so HiResCAM is
+    exact.
 
     Attributes:
         num_labels: K; `hirescam train` takes it from the data.
-        blocks: basic blocks in each stage of the ResNet.
-        widths: channels of each stage.
+        blocks: residual blocks in each stage of the ResNet; ResNet-34 and 50 have (3, 4, 6, 3).
+        widths: channels of each stage; "bottleneck" gives out four times as many.
         stem: the ResNet's first layers, see `ResNet`.
         conv_widths: widths of the 3x3 convolutions behind it; empty for none (an ablation).
         conv_padding: "VALID" as in the paper, or "SAME".
         channels: slices that make one image.
-        pool: "mean" or "max" over the slices.
+        pool: "mean" or "max" over the slices; "dense" for one layer over the features of all slices
+            (an ablation), which fits volumes of one depth only.
         dtype: compute dtype of the backbone; the head is float32.
         remat: keep less for the gradient and compute it again, a block at a time: slower by about
             the time of a forward pass, with a fraction of the memory.
+        block: "basic" for ResNet-18 and 34, "bottleneck" for ResNet-50 and deeper.
     """
 
     num_labels: int = 80
@@ -44,9 +48,10 @@ class AxialNet(nn.Module):
     conv_widths: tuple[int, ...] = (64, 32, 16, 16)
     conv_padding: Literal["VALID", "SAME"] = "VALID"
     channels: int = 3
-    pool: Literal["mean", "max"] = "mean"
+    pool: Literal["mean", "max", "dense"] = "mean"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+    block: Literal["basic", "bottleneck"] = "basic"
 
     @property
     def depth_unit(self) -> int:
@@ -58,15 +63,16 @@ class AxialNet(nn.Module):
         return self.pool == "mean" and name.startswith("fc/")
 
     def setup(self):
-        if self.pool not in ("mean", "max"):
-            raise ValueError(f"pool must be 'mean' or 'max', got {self.pool!r}")
+        if self.pool not in ("mean", "max", "dense"):
+            raise ValueError(f"pool must be 'mean', 'max' or 'dense', got {self.pool!r}")
         dtype = jnp.dtype(self.dtype)
-        self.resnet = ResNet(self.blocks, self.widths, self.stem, dtype, self.remat)
+        self.resnet = ResNet(self.blocks, self.widths, self.stem, dtype, self.remat, self.block)
         self.convs = [
             conv(width, 3, padding=self.conv_padding, use_bias=True, dtype=dtype)
             for width in self.conv_widths
         ]
-        self.fc = nn.Dense(self.num_labels, precision="highest")
+        one_slice = nn.Dense(self.num_labels, precision="highest")
+        self.fc: Any = DepthDense(self.num_labels) if self.pool == "dense" else one_slice
 
     def features(
         self, volumes: Float[Array, "B *dims"], train: bool = False, cells: int | None = None
@@ -91,6 +97,8 @@ class AxialNet(nn.Module):
         self, features: Float[Array, "B S h w C"], train: bool = False, cells: int | None = None
     ) -> Array:
         """Features -> logits [B, K]. `cells` as in `features`."""
+        if self.pool == "dense":
+            return self.fc(features, cells)
         slices = features.shape[1]
         real = sharding.real_cells(slices, cells)
         if self.pool == "mean":

@@ -1,18 +1,15 @@
 """3DConv: the paper's plain 3D network, the alternative without a slice-wise backbone."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from hirescam_jax import sharding
+from hirescam_jax.models.heads import DepthDense, Dropout
 from hirescam_jax.models.layers import Conv3D, wide
-from hirescam_jax.sharding import DATA, DEPTH
 
 
 class Conv3DNet(nn.Module):
@@ -93,45 +90,3 @@ class Conv3DNet(nn.Module):
 
     def __call__(self, volumes: Float[Array, "B D H W"], train: bool = False) -> Array:
         return self.head(self.features(volumes, train), train)
-
-
-class DepthDense(nn.Module):
-    """A fully connected layer over flattened features, whose depth may be split over devices.
-
-    Variables are those of `nn.Dense` on [B, d * h * w * C].
-    """
-
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B d h w C"], cells: int | None) -> Float[Array, "B F"]:
-        local, rows = x.shape[1], math.prod(x.shape[2:])
-        whole = cells or local * sharding.parts(DEPTH)
-        shape = (whole * rows, self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if sharding.split_axes(DEPTH):
-            # Each device multiplies its own cells with their rows; those of padding are zero.
-            padding = (local * sharding.parts(DEPTH) - whole) * rows
-            kernel = jnp.pad(kernel, ((0, padding), (0, 0)))
-            start = sharding.first_cell(local) * rows
-            kernel = lax.dynamic_slice_in_dim(kernel, start, local * rows)
-        y = jnp.dot(x.reshape(x.shape[0], -1), kernel, precision="highest")
-        return sharding.total(y, DEPTH) + bias
-
-
-class Dropout(nn.Module):
-    """Dropout that drops the same, however the batch is split over devices."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B F"], train: bool) -> Float[Array, "B F"]:
-        if not train or self.rate == 0:
-            return x
-        batch, keep = x.shape[0], 1 - self.rate
-        shape = (batch * sharding.parts(DATA), *x.shape[1:])
-        kept = jax.random.bernoulli(self.make_rng("dropout"), jnp.float32(keep), shape)
-        if sharding.split_axes(DATA):
-            kept = lax.dynamic_slice_in_dim(kept, lax.axis_index(DATA) * batch, batch)
-        return jnp.where(kept, x / keep, 0)

@@ -1,6 +1,7 @@
-"""The layers that the networks share: convolutions and the ResNet-18 backbone."""
+"""The layers that the networks share: convolutions, BatchNorm and the ResNet backbone."""
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -43,7 +44,7 @@ def _conv2d(x, kernel, strides, padding, *, dimension_numbers, **options):
     )
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    if kernel.size <= x.size:
+    if kernel.size <= x.size or options.get("feature_group_count", 1) > 1:
         return plain(x, kernel)
 
     @jax.custom_vjp
@@ -96,17 +97,50 @@ class BasicBlock(nn.Module):
         y = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv1")(x)
         y = nn.relu(norm("bn1")(y))
         y = norm("bn2")(conv(self.width, 3, dtype=self.dtype, name="conv2")(y))
-        if x.shape != y.shape:
+        if self.stride != 1 or x.shape[-1] != y.shape[-1]:
             x = conv(self.width, 1, self.stride, dtype=self.dtype, name="downsample_conv")(x)
             x = norm("downsample_bn")(x)
         return nn.relu(x + y)
 
 
-class ResNet(nn.Module):
-    """ResNet of basic blocks without its pooling and classifier (He et al. 2015).
+class Bottleneck(nn.Module):
+    """ResNet's bottleneck block: 1x1, 3x3 and 1x1 convolutions to four times `width` channels.
 
-    The defaults are ResNet-18. `stem` is "imagenet" (7x7 stride 2, max-pool stride 2; total
-    stride 32) or "small" (3x3 stride 2, no pool; total stride 2^len(widths)) for small images.
+    The stride is on the 3x3 convolution, as torchvision has it ("ResNet v1.5"); in the paper it is
+    on the first 1x1.
+    """
+
+    width: int
+    stride: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "N H W C"], train: bool, real: Bool[Array, " N"] | None = None
+    ) -> Float[Array, "N h w F"]:
+        def norm(name: str):
+            return partial(BatchNorm(self.dtype, name=name), train=train, real=real)
+
+        outputs = 4 * self.width
+        y = nn.relu(norm("bn1")(conv(self.width, 1, dtype=self.dtype, name="conv1")(x)))
+        y = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv2")(y)
+        y = conv(outputs, 1, dtype=self.dtype, name="conv3")(nn.relu(norm("bn2")(y)))
+        y = norm("bn3")(y)
+        if self.stride != 1 or x.shape[-1] != y.shape[-1]:
+            x = conv(outputs, 1, self.stride, dtype=self.dtype, name="downsample_conv")(x)
+            x = norm("downsample_bn")(x)
+        return nn.relu(x + y)
+
+
+BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
+
+
+class ResNet(nn.Module):
+    """ResNet without its pooling and classifier (He et al. 2015).
+
+    The defaults are ResNet-18; ResNet-34 has `blocks` (3, 4, 6, 3), ResNet-50 the same of `block`
+    "bottleneck", which gives out four times `widths`. `stem` is "imagenet" (7x7 stride 2, max-pool
+    stride 2; total stride 32) or "small" (3x3 stride 2, no pool; total stride 2^len(widths)).
     `remat` keeps only the input of each block for the gradient and computes the rest again.
     """
 
@@ -115,6 +149,7 @@ class ResNet(nn.Module):
     stem: str = "imagenet"
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    block: str = "basic"
 
     @nn.compact
     def __call__(
@@ -123,12 +158,16 @@ class ResNet(nn.Module):
         """`real` marks the images that count in BatchNorm's statistics; None: all."""
         if self.stem not in ("imagenet", "small"):
             raise ValueError(f"stem must be 'imagenet' or 'small', got {self.stem!r}")
+        if self.block not in BLOCKS:
+            raise ValueError(f"block must be 'basic' or 'bottleneck', got {self.block!r}")
         kernel = 7 if self.stem == "imagenet" else 3
         x = conv(self.widths[0], kernel, 2, dtype=self.dtype, name="conv1")(x)
         x = nn.relu(BatchNorm(self.dtype, name="bn1")(x, train, real))
         if self.stem == "imagenet":
             x = max_pool(x)
-        block = nn.remat(BasicBlock, static_argnums=(2,)) if self.remat else BasicBlock
+        block: Any = BLOCKS[self.block]
+        if self.remat:
+            block = nn.remat(block, static_argnums=(2,))
         for stage, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True)):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
@@ -244,23 +283,28 @@ normalize_batch.defvjp(_normalize_forward, _normalize_backward)
 
 
 class Conv3D(nn.Module):
-    """A VALID 3D convolution with bias: `kernel` [k, k, k, C, F] and `bias` [F]."""
+    """A VALID 3D convolution with bias: `kernel` [kd, kh, kw, C, F] and `bias` [F].
+
+    `kernel` and `stride` are (depth, height, width), or one number for all three.
+    """
 
     features: int
-    kernel: int
-    stride: int
+    kernel: int | tuple[int, int, int]
+    stride: int | tuple[int, int, int]
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D H W C"]) -> Float[Array, "B d h w F"]:
-        shape = (*(self.kernel,) * 3, x.shape[-1], self.features)
+        shape = (*_three(self.kernel), x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return conv3d(x, kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype)
 
 
 def conv3d(
-    x: Float[Array, "B D H W C"], kernel: Float[Array, "kd kh kw C F"], stride: int
+    x: Float[Array, "B D H W C"],
+    kernel: Float[Array, "kd kh kw C F"],
+    stride: int | tuple[int, int, int],
 ) -> Float[Array, "B d h w F"]:
     """VALID 3D convolution, the faster way on each backend (both agree up to rounding)."""
     return lax.platform_dependent(
@@ -271,30 +315,35 @@ def conv3d(
     )
 
 
-def conv3d_direct(x: Array, kernel: Array, stride: int) -> Array:
+def conv3d_direct(x: Array, kernel: Array, stride: int | tuple[int, int, int]) -> Array:
     """One 3D convolution: what GPUs and TPUs are good at."""
     return lax.conv_general_dilated(
-        x, kernel, (stride,) * 3, "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        x, kernel, _three(stride), "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
     )
 
 
-def conv3d_by_planes(x: Array, kernel: Array, stride: int) -> Array:
+def conv3d_by_planes(x: Array, kernel: Array, stride: int | tuple[int, int, int]) -> Array:
     """The same as a sum of 2D convolutions, one a plane of the kernel.
 
     XLA's CPU backend has no fast gradient of a 3D convolution, but it has one in 2D.
     """
     batch, depth = x.shape[:2]
-    out_depth = (depth - kernel.shape[0]) // stride + 1
+    along, *across = _three(stride)
+    out_depth = (depth - kernel.shape[0]) // along + 1
 
     def plane(offset: int) -> Array:
-        planes = x[:, offset : offset + (out_depth - 1) * stride + 1 : stride]
+        planes = x[:, offset : offset + (out_depth - 1) * along + 1 : along]
         return lax.conv_general_dilated(
             planes.reshape(batch * out_depth, *x.shape[2:]),
             kernel[offset],
-            (stride,) * 2,
+            across,
             "VALID",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
     total = sum((plane(offset) for offset in range(1, kernel.shape[0])), start=plane(0))
     return total.reshape(batch, out_depth, *total.shape[1:])
+
+
+def _three(sizes: int | tuple[int, int, int]) -> tuple[int, int, int]:
+    return (sizes,) * 3 if isinstance(sizes, int) else sizes

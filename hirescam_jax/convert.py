@@ -1,0 +1,81 @@
+"""Weight files to run folders, and back."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from hirescam_jax.checkpoint import Header, Saver, load_run
+from hirescam_jax.config import Config
+from hirescam_jax.errors import UserError
+from hirescam_jax.explain_files import atomic_folder
+from hirescam_jax.step import TrainState, make_optimizer
+from hirescam_jax.train import open_data
+from hirescam_jax.weights import check_suffix, from_torch, read_weights, to_torch, write_weights
+
+
+def weights_to_run(source: Path, target: Path, config: Config, overwrite: bool = False) -> int:
+    """A weight file -> a run folder at step 0, for `load_run`, `hirescam explain` and `evaluate`.
+
+    Args:
+        source: .pth, .pt or .safetensors, of the config's model.
+        target: the folder; written whole or not at all.
+        config: of the model and the data, which give the names of labels and regions and the shape
+            of the volumes.
+        overwrite: replace a run folder.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        UserError: a target that exists, weights of another model, bad data.
+    """
+    if target.exists() and not (overwrite and (target / "run.json").is_file()):
+        fix = "is no run folder: choose another" if overwrite else "exists: add --overwrite"
+        raise UserError(f"{target}: {fix}")
+    tensors = read_weights(source)
+    data = open_data(config, "train")
+    config = dataclasses.replace(config, model=config.model.clone(num_labels=len(data.labels)))
+    variables = from_torch(config.model, tensors, tuple(data.shape), str(source))
+    optimizer = make_optimizer(config, 1)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optimizer.init(variables["params"]),
+    )
+    with atomic_folder(target) as temporary:
+        temporary.rmdir()  # the saver makes it
+        saver = Saver(temporary, Header.of(config, data), resume=False)
+        state = saver.restore(jax.device_put(state))
+        with saver:
+            saver.save(0, state)
+    return len(tensors)
+
+
+def run_to_weights(
+    run_dir: Path,
+    target: Path,
+    which: Literal["best", "latest"] = "best",
+    overwrite: bool = False,
+) -> int:
+    """A run folder -> a weight file for the authors' PyTorch code, or for a later training; as
+    .pth or .pt a checkpoint {"params": state dict}, as theirs are.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        UserError: a target that exists or has no known suffix, a run that cannot be opened.
+    """
+    check_suffix(target)
+    if target.exists() and not overwrite:
+        raise UserError(f"{target}: exists: add --overwrite")
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: {target.parent} is no folder: make it first")
+    run = load_run(run_dir, which)
+    tensors = to_torch(run.model, run.variables, run.shape)
+    write_weights(target, tensors, key="params")
+    return len(tensors)
