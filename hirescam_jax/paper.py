@@ -10,7 +10,7 @@ from typing import Any
 
 from hirescam_jax.config import Adam, Config, PhantomData, StoreData
 from hirescam_jax.data.phantom import PhantomConfig
-from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet, CTNet
+from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet
 from hirescam_jax.preprocess import Preprocess
 
 # Table 1 and the comparison of mask sizes use a part of the data.
@@ -60,3 +60,20 @@ def reduced(config: Config) -> Config:
         batch_size=8,
         epochs=10,
     )
+
+
+def _narrow(model: Any) -> tuple[Any, tuple[int, int, int]]:
+    """A narrow network of the same kind, and the (D, H, W) of the volumes that it needs."""
+    narrow_resnet = {"blocks": (1, 1, 1), "widths": (8, 16, 32), "stem": "small"}
+    few_hidden = {"hidden": (32, 24), "dtype": "float32"}
+    if isinstance(model, AxialNet):
+        convs = (32,) if model.conv_widths else ()
+        small = model.clone(
+            **narrow_resnet, conv_widths=convs, conv_padding="SAME", dtype="float32"
+        )
+        return small, (48, 48, 48)
+    if isinstance(model, Conv3DNet):
+        return model.clone(widths=(16, 32), narrow=(32, 16), **few_hidden), (48, 48, 48)
+    small = model.clone(**narrow_resnet, conv_widths=(16, 8), **few_hidden)
+    # BodyConv's convolutions make one cell of 27 slices, and there should be more than one.
+    return small, ((81, 48, 48) if isinstance(model, BodyConv) else (48, 48, 48))

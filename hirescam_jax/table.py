@@ -130,7 +130,10 @@ def read_evaluations(runs: Sequence[Path], file: str = "evaluation.json") -> dic
 
 
 def tables(evaluations: dict[str, Any], split: str = "test") -> dict[str, Table]:
-    """{"models": a row a run, "labels": a row a label and run, "organs": a row an organ and run}."""
+    """{"models": a row a run, "labels": a row a label and run, "organs": a row an organ and run}
+
+    Under all but the first stands the name of the run too.
+    """
     names = tuple(measure.name for measure in MEASURES)
 
     def cells(evaluation: dict[str, Any], part: str, key: str | None) -> tuple[Interval, ...]:

@@ -36,7 +36,6 @@ LEAVES = {
 }
 
 
-
 class Slot(NamedTuple):
     """Where a tensor of PyTorch belongs.
 
@@ -134,7 +133,9 @@ def _layer(model: Any, path: tuple[str, ...]) -> str:
         case DenseNet():
             return "classifier" if first == "fc" else f"features.{path[1].replace('_', '.')}"
         case MobileNetV2():
-            return "classifier.1" if first == "fc" else f"features.{_mobilenet_layer(model, path[1])}"
+            return (
+                "classifier.1" if first == "fc" else f"features.{_mobilenet_layer(model, path[1])}"
+            )
     raise TypeError(f"{type(model).__name__} is no network of hirescam_jax.models")
 
 

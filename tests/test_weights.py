@@ -99,7 +99,10 @@ IMAGE_NETS = {  # with (H, W) of the images
 def torchvision_net(torchvision, name):
     nets, nn = torchvision.models, torch.nn
     if name.startswith("resnet"):
-        kinds = {"resnet-basic": nets.resnet.BasicBlock, "resnet-bottleneck": nets.resnet.Bottleneck}
+        kinds = {
+            "resnet-basic": nets.resnet.BasicBlock,
+            "resnet-bottleneck": nets.resnet.Bottleneck,
+        }
         return nets.resnet.ResNet(kinds[name], [1, 1, 1, 1], num_classes=5)
     if name == "vgg":
         with torch.device("meta"):  # its own classifier takes half a gigabyte
@@ -332,7 +335,10 @@ def test_a_missing_a_foreign_and_a_misshapen_tensor_are_named():
     ("of", "line"),
     [
         ("bodyconv", "of another architecture, as of BodyConv or CTNet: missing "),
-        ("resnet", "of another architecture, as of torchvision's ResNet: missing features.0.weight"),
+        (
+            "resnet",
+            "of another architecture, as of torchvision's ResNet: missing features.0.weight",
+        ),
     ],
 )
 def test_weights_of_another_architecture_are_said_to_be_so(torchvision, of, line):
