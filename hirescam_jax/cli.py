@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from hirescam_jax.cli_data import inspect, lesions, localize, names_of, phantom, prepare
+from hirescam_jax.cli_data import inspect, lesions, localize, names_of, phantom, prepare, table
 from hirescam_jax.errors import Preempted, UserError
 
 PROGRAM = "hirescam"
@@ -29,6 +29,7 @@ def demo(out: Path = Path("hirescam_demo"), seed: int = 0) -> None:
 
 
 DRY_RUN = "compile the step only: FLOPs, bytes, memory, communication, the largest batch"
+REDUCED = "the same experiment, small: a narrow network on phantom CTs, a minute on two cores"
 PROFILE = "write a trace of so many steps to the run folder, from the third on"
 
 
@@ -43,11 +44,16 @@ def train(arguments: Sequence[str]) -> None:
 
     path = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
     default = configs.load_config(path) if path else demo_config()
+    if "--reduced" in arguments:
+        from hirescam_jax.paper import reduced as make_reduced
+
+        default = make_reduced(default)
 
     def command(
         run: Annotated[Path, tyro.conf.arg(help="folder of the run; new without --resume")],
         config: Annotated[configs.Config, tyro.conf.arg(name="")] = default,
         resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False,
+        reduced: Annotated[bool, tyro.conf.arg(help=REDUCED)] = False,
         dry_run: Annotated[bool, tyro.conf.arg(help=DRY_RUN)] = False,
         memory_gib: Annotated[float, tyro.conf.arg(help="of a device, for --dry-run")] = 80.0,
         profile: Annotated[int, tyro.conf.arg(help=PROFILE)] = 0,
@@ -234,6 +240,7 @@ COMMANDS = {
     "localize": localize,
     "phantom": phantom,
     "prepare": prepare,
+    "table": table,
 }
 USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
@@ -247,6 +254,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
   phantom    write phantom CTs as NIfTI
   lesions    write copies of real CTs with synthetic lesions, to check a pipeline
   localize   compare written maps with masks of lesions
+  table      turn evaluations of several runs into tables (CSV, Markdown, LaTeX)
 
 {PROGRAM} COMMAND --help tells the options of one.
 

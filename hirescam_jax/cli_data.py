@@ -267,3 +267,20 @@ def localize(
     if out is not None:
         localization.write_table(out, found)
         print(out)
+
+
+def table(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("tables")) -> None:
+    """Turn the evaluations of runs (`hirescam evaluate RUN`) into tables of models, labels and
+    organs, each as CSV, Markdown and LaTeX.
+
+    Args:
+        runs: folders of runs, in the order of the rows.
+        out: folder of the tables.
+    """
+    from hirescam_jax.table import read_evaluations, tables, write_tables
+
+    evaluations = read_evaluations(runs)
+    paths = write_tables(evaluations, out)
+    print(tables(evaluations)["models"].markdown())
+    for path in paths:
+        print(path)

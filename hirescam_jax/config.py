@@ -28,12 +28,17 @@ from hirescam_jax.preprocess import Preprocess
 
 @dataclasses.dataclass(frozen=True)
 class PhantomData:
-    """The embedded procedural thorax CTs (`hirescam_jax.data.phantom`)."""
+    """The embedded procedural thorax CTs (`hirescam_jax.data.phantom`).
+
+    mask_method, dilate: as for `StoreData`.
+    """
 
     phantom: PhantomConfig = PhantomConfig()
     train_size: int = 800
     val_size: int = 200
     test_size: int = 200
+    mask_method: Method = "nearest"
+    dilate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +47,16 @@ class StoreData:
 
     mask_method: how organ masks come to the feature grid; the paper's choice is "nearest".
     dilate: grow them there by one cell.
+    train_size: use so many training volumes, chosen at random once for all; 0 uses all.
+    val_size, test_size: the same for the other splits.
     """
 
     path: str
     mask_method: Method = "nearest"
     dilate: bool = False
+    train_size: int = 0
+    val_size: int = 0
+    test_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

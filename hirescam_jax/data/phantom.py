@@ -26,6 +26,7 @@ from hirescam_jax.data.phantom_findings import (
     draw_findings,
 )
 from hirescam_jax.data.phantom_marks import MARKS, draw_marks, draw_table
+from hirescam_jax.data.regions import Method, to_feature_grid
 
 __all__ = ["LABELS", "MARKS", "REGIONS", "SPLITS", "Phantom", "PhantomCase", "PhantomConfig"]
 
@@ -198,7 +199,8 @@ class Phantom:
       config: grid and population.
       split: "train", "val" or "test"; no patient is in two splits.
       size: number of patients.
-      grid: (d, h, w), the feature grid to which the region masks are brought by nearest neighbour.
+      grid: (d, h, w), the feature grid.
+      method, dilate: how the region masks come to it (`hirescam_jax.data.regions`).
 
     Raises:
       ValueError: an unknown split, a negative size or seed, an empty grid, a confounding
@@ -208,7 +210,15 @@ class Phantom:
     labels = LABELS
     regions = REGIONS
 
-    def __init__(self, config: PhantomConfig, split: str, size: int, grid: tuple[int, int, int]):
+    def __init__(
+        self,
+        config: PhantomConfig,
+        split: str,
+        size: int,
+        grid: tuple[int, int, int],
+        method: Method = "nearest",
+        dilate: bool = False,
+    ):
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
         if size < 0 or config.seed < 0:
@@ -219,7 +229,9 @@ class Phantom:
             )
         if not 0 <= config.confounding <= 1:
             raise ValueError(f"confounding must lie in [0, 1], got {config.confounding}")
-        self.config, self.split, self.size, self.grid = config, split, size, tuple(grid)
+        self.config, self.split, self.size, self.grid = config, split, size, grid
+        self.method: Method = method
+        self.dilate = dilate
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -256,9 +268,11 @@ class Phantom:
         """
         person = self.person(index)
         volume, labels = render(person, self.config.shape, self.spacing_mm)
-        picks = (np.arange(o) * n // o for n, o in zip(self.config.shape, self.grid, strict=True))
-        small = labels[np.ix_(*picks)]
-        regions = (small == np.arange(1, len(REGIONS) + 1)[:, None, None, None]).astype(np.uint8)
+        if self.method == "nearest":  # few voxels are looked at: pick them first
+            sizes = zip(self.config.shape, self.grid, strict=True)
+            labels = labels[np.ix_(*(np.arange(o) * n // o for n, o in sizes))]
+        numbers = np.arange(1, len(REGIONS) + 1)[:, None, None, None]
+        regions = to_feature_grid(labels == numbers, self.grid, self.method, self.dilate)
         return {
             "volume": volume,
             "findings": person.found,

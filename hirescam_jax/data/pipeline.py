@@ -62,13 +62,14 @@ def open_split(
     Raises:
         UserError: as the readers do, or a label that the data set has not.
     """
+    size = getattr(data, f"{split}_size", 0)
     if isinstance(data, PhantomData):
         try:
-            source = Phantom(data.phantom, split, getattr(data, f"{split}_size"), grid)
+            source = Phantom(data.phantom, split, size, grid, data.mask_method, data.dilate)
         except ValueError as error:
             raise UserError(f"config.data: {error}") from error
     else:
-        source = Store(data.path, split, grid, data.mask_method, data.dilate)
+        source = Store(data.path, split, grid, data.mask_method, data.dilate, size)
     return ChosenLabels(source, labels) if labels else source
 
 

@@ -72,8 +72,12 @@ class Store:
 
     Opening reads the header alone. Shards are opened when first read, by each process for itself.
 
+    Args:
+        size: so many volumes of the split, a random choice that is always the same; 0 for all.
+
     Raises:
-        UserError: no such store or split, a damaged header or one of another format version.
+        UserError: no such store or split, a damaged header or one of another format version, a
+            `size` that the split has not.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Store:
         grid: tuple[int, int, int],
         method: Method = "nearest",
         dilate: bool = False,
+        size: int = 0,
     ):
         self.path, self.grid = Path(path), grid
         self.method: Method = method
@@ -105,6 +110,16 @@ class Store:
             raise UserError(f"{self.path / HEADER}: splits.{split}: damaged ({error})") from error
         if not self.ids or len(self.ids) != len(self.places):
             raise UserError(f"{self.path / HEADER}: split '{split}' is missing or empty")
+        if not 0 <= size <= len(self.ids):
+            raise UserError(
+                f"{self.path / HEADER}: split '{split}' has {len(self.ids)} volumes: "
+                f"config.data.{split}_size cannot be {size}"
+            )
+        if size:
+            # A larger size keeps what a smaller one chose.
+            chosen = np.sort(np.random.default_rng(0).permutation(len(self.ids))[:size])
+            self.ids = [self.ids[i] for i in chosen]
+            self.places = [self.places[i] for i in chosen]
         self._open()
 
     def __len__(self) -> int:

@@ -1,0 +1,79 @@
+"""The experiments of the HiResCAM papers (arXiv 2011.08891, 2111.12215) as configs.
+
+`configs/paper/` has a file for each; all share one set-up: SGD with momentum 0.99, batch 1, at most
+100 epochs, early stop after 15 epochs without a lower validation loss. `reduced` makes the same
+experiment small enough for a laptop.
+"""
+
+import dataclasses
+from typing import Any
+
+from hirescam_jax.config import Adam, Config, PhantomData, StoreData
+from hirescam_jax.data.phantom import PhantomConfig
+from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet
+from hirescam_jax.preprocess import Preprocess
+
+# Table 1 and the comparison of mask sizes use a part of the data.
+SMALL_TRAIN, SMALL_VAL = 2000, 1000
+STORE = "prepared"
+# What torchvision calls ResNet18_Weights.IMAGENET1K_V1; looked for in the working folder.
+IMAGENET = "resnet18-f37072fd.pth"
+
+
+def small_set(
+    model: Any, mask_weight: float = 0.0, *, weights: str = IMAGENET, **data: Any
+) -> Config:
+    """An experiment on 2,000 training and 1,000 validation volumes; `data`: fields of StoreData."""
+    part = StoreData(STORE, train_size=SMALL_TRAIN, val_size=SMALL_VAL, **data)
+    return Config(model=model, data=part, mask_weight=mask_weight, weights=weights)
+
+
+def whole_set(model: Any, mask_weight: float) -> Config:
+    """An experiment on all volumes: 25,355 for training, 2,085 validation, 7,209 test."""
+    return Config(model=model, data=StoreData(STORE), mask_weight=mask_weight, weights=IMAGENET)
+
+
+def reduced(config: Config) -> Config:
+    """The same experiment in a minute on two cores: a narrow network of the same kind on phantom
+    CTs, with an optimiser that learns in 800 steps.
+
+    What the experiment is about (kind of network, pooling, convolutions, mask loss or not, how
+    the masks come to the grid) stays; a mask loss is weighed as in the demo.
+    """
+    data: Any = config.data
+    small, shape = _narrow(config.model)
+    return dataclasses.replace(
+        config,
+        model=small,
+        data=PhantomData(
+            PhantomConfig(shape=shape),
+            train_size=640,
+            val_size=128,
+            test_size=192,
+            mask_method=data.mask_method,
+            dilate=data.dilate,
+        ),
+        preprocess=Preprocess(flip=0.0, rotate=0.0),
+        optimizer=Adam(learning_rate=4e-3),
+        mask_weight=1.5 if config.mask_weight else 0.0,
+        weights="",
+        batch_size=8,
+        epochs=10,
+    )
+
+
+def _narrow(model: Any) -> tuple[Any, tuple[int, int, int]]:
+    """A narrow network of the same kind, and the (D, H, W) of the volumes that it needs."""
+    narrow_resnet = {"blocks": (1, 1, 1), "widths": (8, 16, 32), "stem": "small"}
+    few_hidden = {"hidden": (32, 24), "dtype": "float32"}
+    if isinstance(model, AxialNet):
+        convs = (32,) if model.conv_widths else ()
+        small = model.clone(
+            **narrow_resnet, conv_widths=convs, conv_padding="SAME", dtype="float32"
+        )
+        return small, (48, 48, 48)
+    if isinstance(model, Conv3DNet):
+        return model.clone(widths=(16, 32), narrow=(32, 16), **few_hidden), (48, 48, 48)
+    small = model.clone(**narrow_resnet, conv_widths=(16, 8), **few_hidden)
+    # BodyConv's convolutions make one cell of 27 slices, and there should be more than one.
+    return small, ((81, 48, 48) if isinstance(model, BodyConv) else (48, 48, 48))

@@ -1,0 +1,134 @@
+"""The papers' experiments: what their configs say, their shapes at full size, and small runs."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from processes import ROOT, environment
+
+from hirescam_jax.cli import main
+from hirescam_jax.config import SGD, Config, StoreData, check_types, load_config
+from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet, CTNet
+from hirescam_jax.paper import reduced
+from hirescam_jax.step import feature_grid
+
+EXPERIMENTS = sorted((ROOT / "configs" / "paper").glob("*.py"))
+PAPER_SHAPE = (405, 420, 420)
+
+
+def names(pattern: str) -> list[str]:
+    return [path.stem for path in EXPERIMENTS if path.match(f"{pattern}.py")]
+
+
+def config_of(name: str) -> Any:
+    return load_config(ROOT / "configs" / "paper" / f"{name}.py")
+
+
+def test_there_is_a_config_for_each_experiment():
+    assert len(names("table1_*")) == 8  # the seven, and AxialNet with one FC over all slices
+    assert len(names("masks_*")) == 3 * 2
+    assert names("whole_*") == ["whole_baseline", "whole_mask_loss"]
+    assert len(EXPERIMENTS) == 16
+
+
+@pytest.mark.parametrize("name", names("*"))
+def test_set_up_is_the_papers(name: str):
+    config = config_of(name)
+    assert config.optimizer == SGD(1e-3, 0.99, 1e-7)
+    assert (config.batch_size, config.epochs, config.patience) == (1, 100, 15)
+    assert (config.preprocess.hu_min, config.preprocess.hu_max) == (-1000, 800)
+    assert (config.preprocess.mean, config.preprocess.flip, config.preprocess.rotate) == (
+        0.449,
+        0.5,
+        0.5,
+    )
+    sizes = (config.data.train_size, config.data.val_size)
+    assert sizes == ((0, 0) if name.startswith("whole") else (2000, 1000))
+    with_mask_loss = name.startswith("masks") or name == "whole_mask_loss"
+    assert config.mask_weight == (1 / 3 if with_mask_loss else 0)
+    from_imagenet = name not in ("table1_conv3d", "table1_axialnet_random_init")
+    assert bool(config.weights) == from_imagenet
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "channels"),
+    [
+        ("table1_axialnet", (135, 6, 6), 16),
+        ("table1_axialnet_no_convs", (135, 14, 14), 512),
+        ("table1_bodyconv", (5, 5, 5), 16),
+        ("table1_conv3d", (5, 5, 5), 64),
+        ("table1_ctnet", (18, 5, 5), 16),
+    ],
+)
+def test_features_at_full_size(name: str, grid: tuple[int, ...], channels: int):
+    model = config_of(name).model
+    volume = jax.ShapeDtypeStruct((1, *PAPER_SHAPE), "float32")
+    variables = jax.eval_shape(model.init, jax.random.key(0), volume)
+    features = jax.eval_shape(lambda v, x: model.apply(v, x, method="features"), variables, volume)
+    assert features.shape == (1, *grid, channels)
+
+
+def test_what_each_experiment_is_about_survives_the_reduction():
+    small = {name: reduced(config_of(name)) for name in names("*")}
+    models = {name: config.model for name, config in small.items()}
+    kinds = {name: type(model) for name, model in models.items()}
+    assert kinds["table1_bodyconv"] is BodyConv
+    assert kinds["table1_conv3d"] is Conv3DNet
+    assert kinds["table1_ctnet"] is CTNet
+    assert [models[f"table1_axialnet{s}"].pool for s in ("", "_max", "_dense")] == [
+        "mean",
+        "max",
+        "dense",
+    ]
+    assert models["table1_axialnet_no_convs"].conv_widths == ()
+    assert models["table1_axialnet"].conv_widths != ()
+    masks = {(c.data.mask_method, c.data.dilate) for n, c in small.items() if n[:5] == "masks"}
+    assert len(masks) == 6
+    assert small["whole_baseline"].mask_weight == 0 < small["whole_mask_loss"].mask_weight
+    for config in small.values():
+        check_types(config, "reduced")
+        assert min(feature_grid(config.model, config.data.phantom.shape)) >= 1
+        assert config.weights == ""
+
+
+def test_a_config_of_ones_own_is_reduced_too():
+    small = reduced(Config(model=AxialNet(blocks=(3, 4, 6, 3), pool="max"), data=StoreData("x")))
+    assert isinstance(small.model, AxialNet)
+    assert small.model.pool == "max"
+
+
+TINY = [
+    *("--data.train-size", "16", "--data.val-size", "16", "--data.test-size", "16"),
+    *("--epochs", "1"),
+]
+
+
+@pytest.mark.long
+def test_all_experiments_and_their_tables(tmp_path: Path):
+    """Train, evaluate and tabulate each experiment, reduced, by the launch script."""
+    command = [ROOT / "launch" / "paper.sh", tmp_path, "--reduced", *TINY]
+    (tmp_path / "bin").mkdir()
+    hirescam = tmp_path / "bin" / "hirescam"
+    hirescam.write_text(f'#!/bin/sh\nexec {sys.executable} -m hirescam_jax.cli "$@"\n')
+    hirescam.chmod(0o755)
+    path = environment(PATH=f"{hirescam.parent}:{os.environ['PATH']}")
+    subprocess.run(command, env=path, check=True, stdout=subprocess.DEVNULL)
+    rows = list(csv.DictReader((tmp_path / "tables" / "models.csv").open()))
+    assert [row["model"] for row in rows] == names("*")
+    for row in rows:
+        assert 0 <= float(row["AUROC low"]) <= float(row["AUROC"]) <= float(row["AUROC high"]) <= 1
+    # Finished runs are left alone.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/evaluation.json")}
+    subprocess.run(command, env=path, check=True, stdout=subprocess.DEVNULL)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_reduced_on_the_command_line(tmp_path: Path, capsys):
+    config = ROOT / "configs" / "paper" / "table1_axialnet_max.py"
+    main(["train", str(config), "--run", str(tmp_path / "run"), "--reduced", "--dry-run"])
+    assert "FLOP" in capsys.readouterr().out
