@@ -35,7 +35,7 @@ from hirescam_jax.gradients import (
 )
 
 
-def gradient(
+def input_gradient(
     model: Head,
     inputs: Float[Array, "B *grid C"],
     labels: Labels = None,
@@ -107,7 +107,7 @@ def smoothgrad(
     key: Array,
     std: float,
     samples: int = 16,
-    method: Callable[..., Array] = gradient,
+    method: Callable[..., Array] = input_gradient,
     **options: Any,
 ) -> Float[Array, "B L *grid"]:
     """SmoothGrad: the mean of a method's maps over noisy copies of the input (Smilkov et al. 2017,

@@ -8,7 +8,7 @@ differentiated. Everything here is pure and works under `jit`, `vmap` and `grad`
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +114,18 @@ def gradcam(
     return gradient_maps(channel_sum, head, features, labels, max_gradient_bytes)
 
 
+Method: TypeAlias = Literal[
+    "hirescam",
+    "gradcam",
+    "gradcam_plusplus",
+    "xgradcam",
+    "layercam",
+    "eigencam",
+    "ablationcam",
+    "cam",
+]
 # What needs a head and its features only.
-METHODS = {
+METHODS: dict[str, Callable[..., Array]] = {
     "hirescam": hirescam,
     "gradcam": gradcam,
     "gradcam_plusplus": cam_family.gradcam_plusplus,
@@ -123,7 +133,7 @@ METHODS = {
     "layercam": cam_family.layercam,
     "eigencam": cam_family.eigencam,
     "ablationcam": cam_family.ablationcam,
-    "cam": cam_family.cam,
+    "cam": cam_family.class_activation_map,
 }
 # Of these, those that sum over the whole grid: with `axis_name` and `positions`.
 OVER_GRID = ("gradcam", "gradcam_plusplus", "xgradcam", "eigencam")
@@ -177,7 +187,7 @@ def explain(
         variables: its variables, `{"params": ..., "batch_stats": ...}`.
         volumes: what `model.features` takes (for AxialNet: normalised volumes [B, D, H, W]).
         labels: None (all), [L] or [B, L].
-        method: "hirescam", "gradcam" or another of `METHODS`.
+        method: one of `METHODS`.
 
     Raises:
         ValueError: an unknown method, or as `hirescam`.

@@ -33,7 +33,7 @@ from hirescam_jax.gradients import (
 from hirescam_jax.verdict import head_verdict
 
 
-def cam(
+def class_activation_map(
     head: Head,
     features: Float[Array, "B *grid C"],
     labels: Labels = None,
