@@ -2,7 +2,8 @@
 
     method(head, features, labels=None, **options) -> maps [B, L, *grid]
 
-Signed and raw: the ReLU and the scaling with which each paper ends are `normalize_map`, for display.
+Signed and raw: the ReLU and the scaling with which each paper ends are `normalize_map`, for
+display.
 Head, features and labels are those of `hirescam`, and so are the errors: any number of spatial
 axes, bfloat16 computed in float32, pure functions that may be jitted and mapped.
 

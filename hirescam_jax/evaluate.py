@@ -30,7 +30,6 @@ from hirescam_jax.progress import progress
 from hirescam_jax.sharding import DATA, DEPTH, Layout
 from hirescam_jax.step import open_layout
 
-
 EVALUATED = ("hirescam", "gradcam")  # of `METHODS`
 
 

@@ -311,8 +311,8 @@ def verdict_of(run: Run, method: str) -> HeadVerdict:
         raise UserError(f"{run.path}: {error}") from error
     if method == "cam" and verdict.kind != "equal":
         raise UserError(
-            f"{run.path}: CAM needs a head of global pooling and one linear layer, which this model "
-            "does not have: use --method hirescam"
+            f"{run.path}: CAM needs a head of global pooling and one linear layer, which this "
+            "model does not have: use --method hirescam"
         )
     return verdict
 

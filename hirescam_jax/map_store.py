@@ -1,7 +1,7 @@
 """Maps of many volumes in one Zarr v3 group, written and read through TensorStore.
 
-zarr.json     the group; its attributes tell labels, ids, method, of which run the maps are, and what
-              the method guarantees
+zarr.json     the group; its attributes tell labels, ids, method, of which run the maps are, and
+              what the method guarantees
 maps          [N, L, d, h, w] float32, raw and signed, on the feature grid; a volume a chunk
 logits        [N, L] float32, and residuals: |sum of the map + bias - logit|
 affines       [N, 4, 4] float64, indices of [d, h, w] -> RAS millimetres of the scan

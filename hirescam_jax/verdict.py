@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax.core import Tracer, eval_context
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array
 
@@ -104,19 +104,20 @@ def head_verdict(head: Head, feature_shape: Sequence[int]) -> HeadVerdict:
     shape = tuple(feature_shape)
     if len(shape) < 3:
         raise ValueError(f"feature_shape must be (B, *grid, C) with a spatial axis, got {shape}")
-    with jax.ensure_compile_time_eval():
-        traced, shape = _traced(head, shape)
-        constants = [_jittered(x, seed) for seed, x in enumerate(traced.consts)]
+    traced, shape = _traced(head, shape)
+    dtype, logits = traced.in_avals[0].dtype, traced.out_avals[0]
+    affine = is_affine(head, np.zeros(shape, dtype), np.zeros(logits.shape, logits.dtype))
+    constants = [_jittered(x, seed) for seed, x in enumerate(traced.consts)]
 
-        def closed(constants: list, features: Array) -> Array:
-            return jaxpr_as_fun(traced.replace(consts=constants))(features)[0]
+    def closed(constants: list, features: Array) -> Array:
+        return jaxpr_as_fun(traced.replace(consts=constants))(features)[0]
 
-        dtype, logits = traced.in_avals[0].dtype, traced.out_avals[0]
-        zeros = jnp.zeros(shape, dtype), jnp.zeros(logits.shape, logits.dtype)
-        affine = is_affine(head, *zeros)
-        key = jax.random.key(0)
-        scales = jnp.asarray(SCALES, dtype)
-        probes = jax.jit(_probe, static_argnums=(0, 1))(closed, shape, constants, key, scales)
+    random = np.random.default_rng(0)
+    features = random.standard_normal((2, *shape)).astype(dtype)
+    mixes = random.standard_normal((len(SCALES), logits.shape[1])).astype(dtype)
+    points = features, mixes, np.asarray(SCALES, dtype)
+    with eval_context():  # now, even where this is traced
+        probes = jax.jit(_probe, static_argnums=0)(closed, constants, *points)
         residual, difference, leak = (float(np.nan_to_num(x, nan=np.inf)) for x in probes)
     if leak > 0:
         raise ValueError(MIXES)
@@ -150,47 +151,49 @@ def _traced(head: Head, shape: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
 def _jittered(x: Any, seed: int) -> Any:
     """An array near `x` with as many different values as it has elements, none of them zero.
 
-    Signs are kept, since a variance must stay positive; integers and booleans are left alone.
+    Signs are kept, since a variance must stay positive. Integers and booleans are left alone, and
+    plain numbers, such as the 0 of a ReLU.
     """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(x.dtype, jnp.floating) or (x.ndim == 0 and not isinstance(x, Tracer)):
         if isinstance(x, Tracer):
             raise ValueError("the head holds traced integers, so that it cannot be run by itself")
         return x
-    random = np.random.default_rng(seed).uniform(0.5, 1.5, np.shape(x))
+    rng = np.random.default_rng(seed)
+    random = rng.uniform(0.5, 1.5, np.shape(x))
     if isinstance(x, Tracer):
-        return jnp.asarray(random, x.dtype)
+        return random.astype(x.dtype)
     x = np.asarray(x)
-    near = np.where(x == 0, 0.1 * random, x.astype(np.float64) * (0.9 + 0.1 * random))
-    return jnp.asarray(near, x.dtype)
+    signs = rng.choice([-1, 1], np.shape(x))
+    near = np.where(x == 0, 0.1 * signs * random, x.astype(np.float64) * (0.9 + 0.1 * random))
+    return near.astype(x.dtype)
 
 
 def _probe(
-    head: Callable, shape: tuple[int, ...], constants: list, key: Array, scales: Array
+    head: Callable, constants: list, features: Array, mixes: Array, scales: Array
 ) -> tuple[Array, Array, Array]:
     """The worst residual, difference to Grad-CAM, and gradient that reaches another example.
 
-    One random combination of the logits stands for all labels: the maps are linear in it.
+    Every scale of both sets of features is tried. A random mix of the logits stands for all labels:
+    the maps are linear in it.
     """
-    at_zero = head(constants, jnp.zeros(shape, scales.dtype))[0]
+    at_zero = head(constants, jnp.zeros_like(features[0]))[0]
 
-    def one(point: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        key, scale = point
-        keys = jax.random.split(key)
-        features = scale * jax.random.normal(keys[0], shape, scales.dtype)
-        logits, pull_back = jax.vjp(lambda x: head(constants, x), features)
-        mix = jax.random.normal(keys[1], logits.shape[1:], logits.dtype)
-        (gradient,) = pull_back(jnp.zeros_like(logits).at[0].set(mix))
-        product = gradient[0] * features[0]
-        scores = at_least_float32(jnp.stack([at_zero, -logits[0]])) * at_least_float32(mix)
+    def one(point: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        index, scale, mix = point
+        logits, pull_back = jax.vjp(lambda x: head(constants, x), scale * features[index])
+        (gradient,) = pull_back(jnp.zeros_like(logits).at[0].set(mix.astype(logits.dtype)))
+        product = gradient[0] * scale * features[index, 0]
+        scores = at_least_float32(jnp.stack([at_zero, -logits[0]])) * mix
         terms = jnp.concatenate([product.ravel(), scores.ravel()])
         size = jnp.abs(terms).sum()
         residual = jnp.abs(terms.sum()) / jnp.where(size > 0, size, 1)
         hires = product.sum(axis=-1)
         axes = tuple(range(product.ndim - 1))
-        grad = (gradient[0].mean(axis=axes) * features[0]).sum(axis=-1)
+        grad = (gradient[0].mean(axis=axes) * scale * features[index, 0]).sum(axis=-1)
         peak = jnp.abs(hires).max()
         difference = jnp.abs(hires - grad).max() / jnp.where(peak > 0, peak, 1)
-        return residual, difference, jnp.abs(gradient[1:]).max(initial=0)
+        reach = jnp.where(jnp.isfinite(gradient[1:]), jnp.abs(gradient[1:]), 0)
+        return residual, difference, reach.max(initial=0)
 
-    points = jax.random.split(key, scales.shape[0]), scales
+    points = jnp.arange(len(scales)) % len(features), scales, mixes
     return jax.tree.map(lambda x: x.max(), jax.lax.map(one, points))
