@@ -4,7 +4,24 @@ from hirescam_jax import hirescam
 maps = hirescam(head, features)     # [B, K, *grid], signed, all labels at once
 """
 
+from hirescam_jax.attribution import (
+    gradient_x_input,
+    input_gradient,
+    integrated_gradients,
+    occlusion,
+    smoothgrad,
+)
 from hirescam_jax.cam import Explanation, explain, gradcam, hirescam, normalize_map
+from hirescam_jax.cam_family import (
+    ablationcam,
+    class_activation_map,
+    eigencam,
+    gradcam_plusplus,
+    guided_attention,
+    layercam,
+    scorecam,
+    xgradcam,
+)
 from hirescam_jax.losses import allowed_of, classification_loss, labels_of, mask_loss
 from hirescam_jax.metrics import ORGAN_IOU_THRESHOLDS, organ_iou
 from hirescam_jax.models import (
@@ -17,6 +34,7 @@ from hirescam_jax.models import (
     MobileNetV2,
     ResNetClassifier,
 )
+from hirescam_jax.verdict import HeadVerdict, head_verdict
 from hirescam_jax.weights import from_torch, read_weights, to_torch, write_weights
 
 __all__ = [
@@ -28,19 +46,34 @@ __all__ = [
     "Conv3DNet",
     "DenseNet",
     "Explanation",
+    "HeadVerdict",
     "MobileNetV2",
     "ResNetClassifier",
+    "ablationcam",
     "allowed_of",
+    "class_activation_map",
     "classification_loss",
+    "eigencam",
     "explain",
     "from_torch",
     "gradcam",
+    "gradcam_plusplus",
+    "gradient_x_input",
+    "guided_attention",
+    "head_verdict",
     "hirescam",
+    "input_gradient",
+    "integrated_gradients",
     "labels_of",
+    "layercam",
     "mask_loss",
     "normalize_map",
+    "occlusion",
     "organ_iou",
     "read_weights",
+    "scorecam",
+    "smoothgrad",
     "to_torch",
     "write_weights",
+    "xgradcam",
 ]

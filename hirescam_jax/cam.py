@@ -6,23 +6,28 @@ with respect to the features, which `jax.vjp` through the head gives; the backbo
 differentiated. Everything here is pure and works under `jit`, `vmap` and `grad`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from hirescam_jax import cam_family
 from hirescam_jax.compiling import compiler_options
-
-Head: TypeAlias = Callable[[Array], Array]
-Labels: TypeAlias = Sequence[int] | np.ndarray | Array | None
-
-# Gradients of several labels are held at once only while they fit in this many bytes.
-MAX_GRADIENT_BYTES = 256 * 2**20
+from hirescam_jax.gradients import (
+    MAX_GRADIENT_BYTES,
+    Head,
+    Labels,
+    at_least_float32,
+    check_labels,
+    gradient_maps,
+    label_grid,
+)
+from hirescam_jax.verdict import HeadVerdict, head_verdict
 
 
 class Explanation(NamedTuple):
@@ -33,11 +38,14 @@ class Explanation(NamedTuple):
     residual [B, L]: |sum of the map + bias - logit|, with bias = the head's output on all-zero
         features. Zero up to rounding is a proof that the map accounts for the whole score, which
         HiResCAM guarantees for an affine head; elsewhere it is the part left unexplained.
+    verdict: what the model's head guarantees for every volume, see `head_verdict`; None where the
+        model's variables are traced, so that nothing can be tried.
     """
 
     logits: Float[Array, "B K"]
     maps: Float[Array, "B L *grid"]
     residual: Float[Array, "B L"]
+    verdict: HeadVerdict | None = None
 
 
 def hirescam(
@@ -63,8 +71,8 @@ def hirescam(
         Maps [B, K, *grid] for labels=None, otherwise [B, L, *grid].
 
     Raises:
-        ValueError: features without a spatial axis, a head that does not return [B, K], or a
-            label that is out of range.
+        ValueError: features without a spatial axis, a head that does not return [B, K] or that
+            sums over the batch, or a label that is out of range.
     """
 
     def channel_sum(gradient: Array, features: Array) -> Array:
@@ -73,7 +81,7 @@ def hirescam(
             return jnp.einsum("b...c,...c->b...", features, gradient[0], precision="highest")
         return jnp.sum(gradient * features, axis=-1)
 
-    return _maps(channel_sum, head, features, labels, max_gradient_bytes)
+    return gradient_maps(channel_sum, head, features, labels, max_gradient_bytes)
 
 
 def gradcam(
@@ -103,10 +111,32 @@ def gradcam(
         weights = jnp.broadcast_to(weights, (features.shape[0], weights.shape[1]))
         return jnp.einsum("b...c,bc->b...", features, weights, precision="highest")
 
-    return _maps(channel_sum, head, features, labels, max_gradient_bytes)
+    return gradient_maps(channel_sum, head, features, labels, max_gradient_bytes)
 
 
-METHODS = {"hirescam": hirescam, "gradcam": gradcam}
+Method: TypeAlias = Literal[
+    "hirescam",
+    "gradcam",
+    "gradcam_plusplus",
+    "xgradcam",
+    "layercam",
+    "eigencam",
+    "ablationcam",
+    "cam",
+]
+# What needs a head and its features only.
+METHODS: dict[str, Callable[..., Array]] = {
+    "hirescam": hirescam,
+    "gradcam": gradcam,
+    "gradcam_plusplus": cam_family.gradcam_plusplus,
+    "xgradcam": cam_family.xgradcam,
+    "layercam": cam_family.layercam,
+    "eigencam": cam_family.eigencam,
+    "ablationcam": cam_family.ablationcam,
+    "cam": cam_family.class_activation_map,
+}
+# Of these, those that sum over the whole grid: with `axis_name` and `positions`.
+OVER_GRID = ("gradcam", "gradcam_plusplus", "xgradcam", "eigencam")
 
 
 def normalize_map(maps: Float[Array, "*batch"], spatial_axes: int | None = None) -> Array:
@@ -136,8 +166,8 @@ def completeness_residual(
     labels: Labels = None,
 ) -> Float[Array, "B L"]:
     """|sum of the map + bias - logit| with bias = head(0): zero for HiResCAM of an affine head."""
-    bias = head(jnp.zeros_like(_at_least_float32(features[:1])))
-    labels_BL = _label_grid(labels, features.shape[0], logits.shape[1])
+    bias = head(jnp.zeros_like(at_least_float32(features[:1])))
+    labels_BL = label_grid(labels, features.shape[0], logits.shape[1])
     total = maps.sum(axis=tuple(range(2, maps.ndim))) + bias[0][labels_BL]
     return jnp.abs(total - jnp.take_along_axis(logits, labels_BL, axis=1))
 
@@ -157,7 +187,7 @@ def explain(
         variables: its variables, `{"params": ..., "batch_stats": ...}`.
         volumes: what `model.features` takes (for AxialNet: normalised volumes [B, D, H, W]).
         labels: None (all), [L] or [B, L].
-        method: "hirescam" or "gradcam".
+        method: one of `METHODS`.
 
     Raises:
         ValueError: an unknown method, or as `hirescam`.
@@ -167,11 +197,32 @@ def explain(
     if labels is not None and not isinstance(labels, Tracer):
         labels = np.asarray(labels)
         num_labels = jax.eval_shape(model.apply, variables, volumes).shape[1]
-        _check_labels(labels, volumes.shape[0], num_labels)
+        check_labels(labels, volumes.shape[0], num_labels)
+    verdict = None
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(variables)):
+        verdict = model_verdict(model, variables, jnp.shape(volumes))
     leaves = jax.tree.leaves((variables, volumes, labels))
     inside = any(isinstance(leaf, Tracer) for leaf in leaves)  # the outer jit has its own options
     program = _explain if inside else _explain_program()
-    return program(model, variables, volumes, labels, method)
+    return program(model, variables, volumes, labels, method)._replace(verdict=verdict)
+
+
+_VERDICTS: dict[Any, HeadVerdict] = {}
+
+
+def model_verdict(model: Any, variables: Any, volumes_shape: tuple[int, ...]) -> HeadVerdict:
+    """`head_verdict` of a model for volumes of a shape, found once for each of both.
+
+    Raises:
+        ValueError: as `head_verdict`.
+    """
+    known = model, volumes_shape[1:]
+    if known not in _VERDICTS:
+        volumes = jax.ShapeDtypeStruct(volumes_shape, jnp.float32)
+        features = jax.eval_shape(partial(model.apply, method="features"), variables, volumes)
+        head = partial(model.apply, variables, method="head")
+        _VERDICTS[known] = head_verdict(head, features.shape)
+    return _VERDICTS[known]
 
 
 @cache
@@ -182,107 +233,8 @@ def _explain_program() -> Callable[..., Explanation]:
 
 
 def _explain(model: Any, variables: Any, volumes: Array, labels: Labels, method: str):
-    features = _at_least_float32(model.apply(variables, volumes, method="features"))
+    features = at_least_float32(model.apply(variables, volumes, method="features"))
     head = partial(model.apply, variables, method="head")
     logits = head(features)
     maps = METHODS[method](head, features, labels)
     return Explanation(logits, maps, completeness_residual(head, features, logits, maps, labels))
-
-
-def _maps(
-    channel_sum: Callable[[Array, Array], Array],
-    head: Head,
-    features: Array,
-    labels: Labels,
-    max_gradient_bytes: int,
-) -> Array:
-    """Pulls one-hot cotangents through the head, as many labels at a time as memory allows."""
-    features = jnp.asarray(features)
-    if features.ndim < 3:
-        raise ValueError(
-            f"features must be [B, *grid, C] with at least one spatial axis, got {features.shape}"
-        )
-    features = _at_least_float32(features)
-    logits, pull_back = jax.vjp(head, features)
-    if logits.ndim != 2 or logits.shape[0] != features.shape[0]:
-        raise ValueError(
-            f"head must return logits [B, K] with B = {features.shape[0]}, got {logits.shape}"
-        )
-    batch, num_labels = logits.shape
-    _check_labels(labels, batch, num_labels)
-    labels_LB = _label_grid(labels, batch, num_labels).T
-    same_labels = labels is None or np.ndim(labels) == 1
-    if batch > 1 and same_labels and _is_affine(head, features):
-        # The gradient is the same for every example: one pulls it back for all.
-        _, pull_back = jax.vjp(head, features[:1])
-        labels_LB = labels_LB[:, :1]
-
-    def one_label(label_B: Int[Array, "B"]) -> Array:
-        # Made of the logits, so that under `shard_map` it is split over devices as they are.
-        chosen = jnp.arange(num_labels) == label_B[:, None]
-        cotangent = jnp.where(chosen, jnp.ones_like(logits), jnp.zeros_like(logits))
-        (gradient,) = pull_back(cotangent[: labels_LB.shape[1]])
-        return channel_sum(gradient, features)
-
-    gradient_bytes = features[:1].size * labels_LB.shape[1] * features.dtype.itemsize
-    chunk = max(1, max_gradient_bytes // gradient_bytes)
-    if chunk >= labels_LB.shape[0]:
-        maps_LB = jax.vmap(one_label)(labels_LB)
-    else:
-        maps_LB = jax.lax.map(one_label, labels_LB, batch_size=chunk if chunk > 1 else None)
-    return jnp.moveaxis(maps_LB, 0, 1)
-
-
-def _is_affine(head: Head, features: Array) -> bool:
-    """Whether the traced gradient of the head is free of the features (if so, it is affine).
-
-    Conservative: an operation counts as using all of its inputs for all of its outputs, and a head
-    that draws random numbers (dropout) treats each example differently.
-    """
-
-    def gradient(features: Array, cotangent: Array) -> Array:
-        return jax.vjp(head, features)[1](cotangent)[0]
-
-    example = features[:1]
-    try:
-        logits = jax.eval_shape(head, example)
-    except (TypeError, ValueError):  # a head that holds data of the whole batch
-        return False
-    if logits.shape[0] != 1:
-        return False
-    traced = jax.make_jaxpr(gradient)(example, jnp.zeros_like(logits)).jaxpr
-    if any(name in str(traced) for name in ("random", "threefry")):
-        return False
-    needed = set(map(id, traced.outvars))
-    for equation in reversed(traced.eqns):
-        if needed.intersection(map(id, equation.outvars)):
-            needed.update(map(id, equation.invars))
-    return id(traced.invars[0]) not in needed
-
-
-def _at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _label_grid(labels: Labels, batch: int, num_labels: int) -> Int[Array, "B L"]:
-    if labels is None:
-        labels = jnp.arange(num_labels)
-    labels = jnp.asarray(labels)
-    return jnp.broadcast_to(labels, (batch, labels.shape[-1]))
-
-
-def _check_labels(labels: Labels, batch: int, num_labels: int) -> None:
-    if labels is None:
-        return
-    if not isinstance(labels, jax.Array):
-        labels = np.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
-    if (labels.shape != (batch, *labels.shape[1:]) and labels.ndim != 1) or labels.ndim > 2:
-        raise ValueError(f"labels must be [L] or [B, L] with B = {batch}, got {labels.shape}")
-    if isinstance(labels, Tracer) or labels.size == 0:
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_labels:
-        wrong = low if low < 0 else high
-        raise ValueError(f"label {wrong} is out of range: the head has {num_labels} labels")

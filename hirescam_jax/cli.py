@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
+from hirescam_jax.cam import Method
 from hirescam_jax.cli_data import inspect, lesions, localize, names_of, phantom, prepare, table
 from hirescam_jax.errors import Preempted, UserError
 
@@ -173,7 +174,7 @@ def explain(
     store: Path | None = None,
     split: Literal["train", "val", "test"] = "test",
     labels: str = "",
-    method: Literal["hirescam", "gradcam"] = "hirescam",
+    method: Method = "hirescam",
     grid: Literal["input", "features"] | None = None,
     format: Literal["zarr", "nifti"] = "zarr",
     batch_size: int = 2,
@@ -193,7 +194,7 @@ def explain(
         split: of the store.
         labels: names with commas between them; default those that the model predicts for a file,
             and all for a store.
-        method: HiResCAM, or Grad-CAM for comparison.
+        method: HiResCAM; or another for comparison, which does not account for the score.
         grid: files: write the maps on the grid of the input (default), or on the native one of the
             features, which a store's are always on.
         format: of a store's maps; nifti writes a folder a volume.

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
+from hirescam_jax.cam import Method
 from hirescam_jax.errors import UserError
 
 
@@ -232,7 +233,7 @@ def localize(
     masks: Path,
     label_map: Path,
     out: Path | None = None,
-    method: Literal["hirescam", "gradcam"] = "hirescam",
+    method: Method = "hirescam",
     suffix: str = "_lesions",
     organ_suffix: str = "_regions",
     tolerance_mm: float = 0.0,

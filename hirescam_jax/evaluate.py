@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from hirescam_jax import sharding
-from hirescam_jax.cam import METHODS, normalize_map
+from hirescam_jax.cam import METHODS, OVER_GRID, normalize_map
 from hirescam_jax.checkpoint import Run
 from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config
@@ -29,6 +29,8 @@ from hirescam_jax.metrics import (
 from hirescam_jax.progress import progress
 from hirescam_jax.sharding import DATA, DEPTH, Layout
 from hirescam_jax.step import open_layout
+
+EVALUATED = ("hirescam", "gradcam")  # of `METHODS`
 
 
 class Predictions(NamedTuple):
@@ -65,7 +67,7 @@ def explain_step(
     *,
     config: Config,
     layout: Layout,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = EVALUATED,
     labels: Sequence[int] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Logits [B, K] and raw signed maps [B, K, d, h, w] of int16 volumes [B, D, H, W] that lie on a
@@ -82,7 +84,7 @@ def explain_step(
         maps = {}
         for name in methods:
             options = {}
-            if name == "gradcam" and sharding.split_axes(DEPTH):  # it averages over the whole grid
+            if name in OVER_GRID and sharding.split_axes(DEPTH):
                 options = {"axis_name": DEPTH, "positions": math.prod(layout.grid)}
             maps[name] = METHODS[name](head, features, labels, **options)
         return head(features), maps

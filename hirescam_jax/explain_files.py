@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from hirescam_jax.cam import explain
+from hirescam_jax.cam import Method, explain, model_verdict
 from hirescam_jax.checkpoint import Run
 from hirescam_jax.data.grid import feature_affine, from_features, to_grid
 from hirescam_jax.data.volume import Volume, open_nifti, read_ct, write_nifti
 from hirescam_jax.errors import UserError
-from hirescam_jax.pictures import place, save_label_picture
+from hirescam_jax.pictures import METHOD_NAMES, place, save_label_picture
 from hirescam_jax.progress import progress, say
+from hirescam_jax.verdict import HeadVerdict
 
 TABLE = "probabilities.csv"
 
@@ -41,6 +42,7 @@ class FileExplanation:
     residuals: [K] float32, |sum of the map + bias - logit|: what the map leaves unexplained.
     maps: [K, d, h, w] float32, raw signed maps on the feature grid.
     affine: [4, 4] float64 of the feature grid, indices -> RAS millimetres.
+    verdict: what the head of the model guarantees.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class FileExplanation:
     residuals: Float[np.ndarray, " K"]
     maps: Float[np.ndarray, "K d h w"]
     affine: Float[np.ndarray, "4 4"]
+    verdict: HeadVerdict
 
 
 def explain_files(
@@ -59,7 +62,7 @@ def explain_files(
     out: Path,
     *,
     labels: Sequence[str] = (),
-    method: Literal["hirescam", "gradcam"] = "hirescam",
+    method: Method = "hirescam",
     grid: Literal["input", "features"] = "input",
     batch_size: int = 2,
     pictures: bool = True,
@@ -68,7 +71,8 @@ def explain_files(
     """Explains CT files with a trained model and prints a table of the findings.
 
     For every file a folder `out/<name of the file>` is written, whole or not at all:
-        probabilities.csv                  all labels: probability, logit, completeness residual
+        probabilities.csv                  all labels: probability, logit, completeness residual,
+                                           and what the method guarantees
         <label>_<method>.nii.gz            raw signed map, float32, on the grid of the input
         <label>_<method>_features.nii.gz   instead of it with grid="features": the native map
         <label>_<method>.png               the slices with the strongest attention
@@ -94,6 +98,8 @@ def explain_files(
     wanted = label_indices(labels, run.labels)
     files = _input_files(inputs)
     folders = _output_folders(files, Path(out), overwrite)
+    verdict = verdict_of(run, method)
+    say(f"{METHOD_NAMES[method]} here: {verdict.short(method)}")
 
     failures: dict[Path, str] = {}
     ready = [path for path in files if _attempt(open_nifti, path, failures) is not None]
@@ -101,7 +107,7 @@ def explain_files(
     results = []
     for batch in _batches(progress(ready, "explain", "file"), batch_size, failures):
         for volume, result in zip(
-            batch, _explain_batch(run, batch, batch_size, wanted, method), strict=True
+            batch, _explain_batch(run, batch, batch_size, wanted, method, verdict), strict=True
         ):
             _write(folders[volume.path], volume, result, method, grid, pictures)
             results.append(result)
@@ -142,7 +148,12 @@ def _attempt(read: Callable[[Path], T], path: Path, failures: dict[Path, str]) -
 
 
 def _explain_batch(
-    run: Run, batch: list[Volume], batch_size: int, wanted: tuple[int, ...], method: str
+    run: Run,
+    batch: list[Volume],
+    batch_size: int,
+    wanted: tuple[int, ...],
+    method: str,
+    verdict: HeadVerdict,
 ) -> list[FileExplanation]:
     """All maps of a batch, which is filled up to `batch_size` so that one program serves all."""
     grids = [to_grid(volume, run.spacing_mm, run.shape) for volume in batch]
@@ -150,7 +161,7 @@ def _explain_batch(
     volumes_BDHW = np.stack(volumes_DHW + volumes_DHW[-1:] * (batch_size - len(batch)))
     volumes = run.normalize(jnp.asarray(volumes_BDHW))
     explanation = explain(run.model, run.variables, volumes, method=method)
-    logits_BK, maps_BKdhw, residuals_BK = jax.device_get(explanation)
+    logits_BK, maps_BKdhw, residuals_BK, _ = jax.device_get(explanation)
     if not np.isfinite(logits_BK).all():
         raise UserError(f"{run.path}: the model gives NaN or infinite scores: train it again")
     results = []
@@ -165,6 +176,7 @@ def _explain_batch(
             residuals=residuals_BK[i],
             maps=maps_BKdhw[i],
             affine=feature_affine(affine, run.shape, maps_BKdhw.shape[2:]),
+            verdict=verdict,
         )
         results.append(result)
     return results
@@ -195,7 +207,8 @@ def _write(
     writers = min(4, os.cpu_count() or 1)
     with atomic_folder(folder) as temporary, writing_pool(writers) as pool:
         maps = [pool.submit(write_map, temporary, k) for k in result.explained]
-        write_table(temporary, result.labels, result.logits, result.residuals)
+        guarantee = result.verdict.short(method)
+        write_table(temporary, result.labels, result.logits, result.residuals, guarantee)
         for k in result.explained if pictures else ():
             save_label_picture(
                 temporary / f"{names[k]}_{method}.png",
@@ -205,6 +218,7 @@ def _write(
                 label=result.labels[k],
                 probability=float(result.probabilities[k]),
                 method=method,
+                verdict=result.verdict,
             )
         for written in maps:
             written.result()
@@ -215,14 +229,15 @@ def write_table(
     labels: Sequence[str],
     logits_K: Float[np.ndarray, " K"],
     residuals_K: Float[np.ndarray, " K"],
+    guarantee: str,
 ) -> None:
     """The table of a volume's labels into its folder."""
     columns = np.asarray(jax.nn.sigmoid(logits_K)), logits_K, residuals_K
     with (folder / TABLE).open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["label", "probability", "logit", "completeness_residual"])
+        rows.writerow(["label", "probability", "logit", "completeness_residual", "guarantee"])
         for label, *values in zip(labels, *columns, strict=True):
-            rows.writerow([label, *(f"{value:.7g}" for value in values)])
+            rows.writerow([label, *(f"{value:.7g}" for value in values), guarantee])
 
 
 @contextlib.contextmanager
@@ -283,6 +298,24 @@ def _text_table(result: FileExplanation, folder: Path) -> str:
         )
     rest = len(result.labels) - len(result.explained)
     return "\n".join(lines + [f"  and {rest} more labels in {TABLE}"] * (rest > 0))
+
+
+def verdict_of(run: Run, method: str) -> HeadVerdict:
+    """What the run's head guarantees.
+
+    Raises:
+        UserError: a head that mixes examples, or one for which the method is not defined.
+    """
+    try:
+        verdict = model_verdict(run.model, run.variables, (1, *run.shape))
+    except ValueError as error:
+        raise UserError(f"{run.path}: {error}") from error
+    if method == "cam" and verdict.kind != "equal":
+        raise UserError(
+            f"{run.path}: CAM needs a head of global pooling and one linear layer, which this "
+            "model does not have: use --method hirescam"
+        )
+    return verdict
 
 
 def label_indices(wanted: Sequence[str], labels: tuple[str, ...]) -> tuple[int, ...]:

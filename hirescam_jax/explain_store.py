@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from hirescam_jax import distributed, sharding
+from hirescam_jax.cam import Method
 from hirescam_jax.checkpoint import Run, checksums
 from hirescam_jax.config import Config
 from hirescam_jax.data.grid import feature_affine
@@ -30,11 +31,13 @@ from hirescam_jax.explain_files import (
     atomic_folder,
     label_indices,
     map_file_names,
+    verdict_of,
     write_table,
     writing_pool,
 )
 from hirescam_jax.files import atomic_file
 from hirescam_jax.map_store import MapWriter
+from hirescam_jax.pictures import METHOD_NAMES
 from hirescam_jax.progress import progress, say
 from hirescam_jax.sharding import DATA, Layout
 from hirescam_jax.step import open_layout
@@ -94,7 +97,7 @@ class NiftiWriter:
             for name, map_dhw in zip(map_file_names(labels), maps, strict=True):
                 file = f"{name}_{self.attributes['method']}_features.nii.gz"
                 write_nifti(temporary / file, map_dhw, affine)
-            write_table(temporary, labels, logits, residuals)
+            write_table(temporary, labels, logits, residuals, self.attributes["guarantee"])
 
 
 Writer: TypeAlias = MapWriter | NiftiWriter
@@ -107,7 +110,7 @@ def explain_store(
     out: Path,
     *,
     labels: Sequence[str] = (),
-    method: Literal["hirescam", "gradcam"] = "hirescam",
+    method: Method = "hirescam",
     format: Literal["zarr", "nifti"] = "zarr",
     batch_size: int = 2,
     overwrite: bool = False,
@@ -145,7 +148,17 @@ def explain_store(
                 f"{store}: its volumes have {name} {list(theirs)}, {run.path} was trained on "
                 f"{list(ours)}: prepare the volumes on that grid"
             )
+    if method == "cam" and config.depth_devices > 1:
+        raise UserError(
+            "--method cam: looks at whole volumes, so use --depth-devices 1, or --method gradcam, "
+            "which is the same map for a head that has one"
+        )
+    verdict = verdict_of(run, method)
+    say(f"{METHOD_NAMES[method]} here: {verdict.short(method)}")
     attributes = _attributes(run, source, split, chosen, method, layout.grid)
+    # Without its figures, whose last digits may differ from machine to machine.
+    attributes["verdict"] = {"kind": verdict.kind, "text": verdict.text}
+    attributes["guarantee"] = verdict.short(method)
     distributed.agree(
         {name: json.dumps(attributes[name]) for name in SAME}
         | {"format": format, "batch size": str(batch_size)}

@@ -1,6 +1,7 @@
 """Maps of many volumes in one Zarr v3 group, written and read through TensorStore.
 
-zarr.json     the group; its attributes tell labels, ids, method and of which run the maps are
+zarr.json     the group; its attributes tell labels, ids, method, of which run the maps are, and
+              what the method guarantees
 maps          [N, L, d, h, w] float32, raw and signed, on the feature grid; a volume a chunk
 logits        [N, L] float32, and residuals: |sum of the map + bias - logit|
 affines       [N, 4, 4] float64, indices of [d, h, w] -> RAS millimetres of the scan
@@ -52,6 +53,7 @@ class Maps:
 
     labels, ids: names of the L labels and of the N volumes.
     method, run, step: by which method, and of which weights.
+    guarantee: what holds for these maps, in a few words; empty if an older version wrote them.
     spacing_mm: of the voxels of [D, H, W]; a feature cell's are in `affines`.
     maps, logits, residuals, affines, done: as in the file, see the module.
     """
@@ -59,6 +61,7 @@ class Maps:
     labels: tuple[str, ...]
     ids: tuple[str, ...]
     method: str
+    guarantee: str
     run: str
     step: int
     spacing_mm: tuple[float, ...]
@@ -86,6 +89,7 @@ def open_maps(path: str | Path) -> Maps:
         labels=tuple(attributes["labels"]),
         ids=tuple(attributes["ids"]),
         method=attributes["method"],
+        guarantee=attributes.get("guarantee", ""),
         run=attributes["run"],
         step=attributes["step"],
         spacing_mm=tuple(attributes["spacing_mm"]),

@@ -23,13 +23,23 @@ from scipy import ndimage
 from hirescam_jax.cam import normalize_map
 from hirescam_jax.data.grid import resample
 from hirescam_jax.data.volume import Volume
+from hirescam_jax.verdict import HeadVerdict
 
 WINDOW_HU = (-1100.0, 400.0)  # wide: lung and mediastinum in one picture
 MAX_PIXELS = 640  # along a side of a plane
 SLICE_DISTANCE_MM = 12.0  # between two axial slices that are shown
-METHOD_NAMES = {"hirescam": "HiResCAM", "gradcam": "Grad-CAM"}
+METHOD_NAMES = {
+    "hirescam": "HiResCAM",
+    "gradcam": "Grad-CAM",
+    "gradcam_plusplus": "Grad-CAM++",
+    "xgradcam": "XGrad-CAM",
+    "layercam": "LayerCAM",
+    "eigencam": "Eigen-CAM",
+    "ablationcam": "Ablation-CAM",
+    "cam": "CAM",
+}
 
-INK, PAPER = "#e8e8e8", "#000000"
+INK, SOFT, WARNING, PAPER = "#e8e8e8", "#a0a0a0", "#ffb454", "#000000"
 PLANES = ("axial", "coronal", "sagittal")
 # Per plane: the world axes (x, y, z) to the right and downwards, both against their direction,
 # then the letters at the left, right, top and bottom edge.
@@ -51,6 +61,7 @@ def save_label_picture(
     label: str,
     probability: float,
     method: str,
+    verdict: HeadVerdict | None = None,
 ) -> None:
     """Writes `label_picture` as a PNG.
 
@@ -58,7 +69,13 @@ def save_label_picture(
         OSError: the file cannot be written.
     """
     figure = label_picture(
-        volume, map_dhw, affine, label=label, probability=probability, method=method
+        volume,
+        map_dhw,
+        affine,
+        label=label,
+        probability=probability,
+        method=method,
+        verdict=verdict,
     )
     figure.savefig(path, dpi=110, format="png", facecolor=PAPER)
 
@@ -71,6 +88,7 @@ def label_picture(
     label: str,
     probability: float,
     method: str,
+    verdict: HeadVerdict | None = None,
 ) -> Figure:
     """The CT with the positive evidence for one label in colour.
 
@@ -83,6 +101,7 @@ def label_picture(
         map_dhw: raw signed map on the feature grid.
         affine: [4, 4] of the feature grid, indices -> RAS millimetres.
         label, probability, method: for the title.
+        verdict: what the map guarantees, for the line below it; a warning where that is nothing.
 
     Returns:
         A figure that belongs to no window; nothing has to be closed.
@@ -126,7 +145,11 @@ def label_picture(
         title += "   no positive evidence"
     figure.text(0.15 / width, 1 - 0.42 / total, title, color=INK, fontsize=17, weight="bold")
     subtitle = f"{METHOD_NAMES.get(method, method)}   {volume.path.name}"
-    figure.text(0.15 / width, 1 - 0.66 / total, subtitle, color="#a0a0a0", fontsize=10.5)
+    figure.text(0.15 / width, 1 - 0.66 / total, subtitle, color=SOFT, fontsize=10.5)
+    if verdict is not None:
+        color = SOFT if verdict.holds_for(method) else WARNING
+        at = {"x": 1 - 0.15 / width, "y": 1 - 0.66 / total, "ha": "right"}
+        figure.text(s=verdict.short(method), color=color, fontsize=10.5, **at)
     bar = figure.colorbar(
         ScalarMappable(cmap=overlay_colors()), cax=figure.add_axes((0.945, 0.25, 0.012, 0.5))
     )

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import ndimage
 
-from hirescam_jax.cam import explain, normalize_map
+from hirescam_jax.cam import explain, model_verdict, normalize_map
 from hirescam_jax.checkpoint import Run
 from hirescam_jax.data.phantom import Phantom, PhantomCase, PhantomConfig
 from hirescam_jax.files import atomic_file
@@ -49,6 +49,7 @@ def write_report(path: Path, comparison: Comparison, examples: int = 6) -> None:
         curves=_svg(_curves(comparison.runs)),
         bars=_svg(_bars(comparison.evaluations)),
         examples=_examples(comparison, examples),
+        guarantees=_guarantees(first),
         volumes={s: getattr(first.config.data, f"{s}_size", 0) for s in ("train", "val", "test")},
         shape=first.shape,
         spacing=first.spacing_mm,
@@ -56,6 +57,15 @@ def write_report(path: Path, comparison: Comparison, examples: int = 6) -> None:
     )
     with atomic_file(path) as temporary:
         temporary.write_text(page)
+
+
+def _guarantees(run: Run) -> list[dict[str, Any]]:
+    """What each method's maps guarantee; the head of both trainings is of one kind."""
+    verdict = model_verdict(run.model, run.variables, (1, *run.shape))
+    return [
+        {"method": METHOD_NAMES[m], "text": verdict.short(m), "holds": verdict.holds_for(m)}
+        for m in ("hirescam", "gradcam")
+    ]
 
 
 def _rows(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

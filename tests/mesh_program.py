@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hirescam_jax.cam import METHODS
 from hirescam_jax.config import SGD, Config
-from hirescam_jax.evaluate import explain_step
+from hirescam_jax.evaluate import EVALUATED, explain_step
 from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet
 from hirescam_jax.preprocess import Preprocess
 from hirescam_jax.sharding import Layout, make_mesh
@@ -114,7 +115,9 @@ def results(out: Path, name: str, run: str, dtype: str) -> dict[str, np.ndarray]
         evaluate = on_mesh(eval_step, layout, config=config)
     tree = {}
     if not parts:
-        explain = jax.jit(partial(explain_step, config=config, layout=layout))
+        # All that can be split, for the model with the most demanding head.
+        methods = [m for m in METHODS if m != "cam"] if name == "axialnet-max" else EVALUATED
+        explain = jax.jit(partial(explain_step, config=config, layout=layout, methods=methods))
         logits, maps = explain(state.variables, batch["volume"])
         tree = {"logits": logits, "maps": maps, "sums": evaluate(state.variables, weighted)}
     compiled = step.lower(state, batch).compile()

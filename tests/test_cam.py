@@ -432,8 +432,8 @@ def test_explain_refuses_labels_out_of_range(tiny, labels):
 
 def test_explain_refuses_other_bad_arguments(tiny):
     model, variables, volumes = tiny
-    with pytest.raises(ValueError, match="unknown method 'cam': choose one of hirescam, gradcam"):
-        explain(model, variables, volumes, method="cam")
+    with pytest.raises(ValueError, match="unknown method 'lime': choose one of hirescam, gradcam"):
+        explain(model, variables, volumes, method="lime")
     with pytest.raises(ValueError, match=r"must be \[L\] or \[B, L\]"):
         explain(model, variables, volumes, labels=np.zeros((3, 1), int))
     with pytest.raises(ValueError, match="do not divide into images of 3 slices"):

@@ -1,0 +1,338 @@
+"""The verdict on heads, and heads that mix the examples of a batch."""
+
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hirescam_jax import cam, verdict
+from hirescam_jax.cam import METHODS, explain, gradcam, hirescam
+from hirescam_jax.models import AxialNet, Conv3DNet
+from hirescam_jax.verdict import head_verdict
+
+SHAPE = (3, 4, 3, 2, 5)
+CELLS, CHANNELS = 4 * 3 * 2, 5
+RNG = np.random.default_rng(0)
+WIDE = jnp.asarray(RNG.normal(size=(CELLS * CHANNELS, 6)), jnp.float32)
+SLICE = jnp.asarray(RNG.normal(size=(3 * 2 * CHANNELS, 6)), jnp.float32)
+POOLED = jnp.asarray(RNG.normal(size=(CHANNELS, 6)), jnp.float32)
+LAST = jnp.asarray(RNG.normal(size=(6, 4)), jnp.float32)
+ZEROS = jnp.zeros(6)
+
+
+def flat(x):
+    return x.reshape(x.shape[0], -1)
+
+
+def pooled(x):
+    return x.mean(axis=(1, 2, 3))
+
+
+def slices(x):
+    return x.reshape(*x.shape[:2], -1)
+
+
+def relu_mlp(x, bias=ZEROS):
+    return jax.nn.relu(flat(x) @ WIDE + bias) @ LAST
+
+
+def nested_zero_bias(x):
+    """Its arrays are constants of a compiled function inside."""
+    return jax.jit(lambda x: jax.nn.relu(flat(x) @ WIDE + ZEROS) @ LAST)(x)
+
+
+BATCH_NORM = nn.BatchNorm(use_running_average=True).init(jax.random.key(0), jnp.zeros(SHAPE))
+
+
+def batch_norm_by_running_averages(x):
+    return flat(nn.BatchNorm(use_running_average=True).apply(BATCH_NORM, x)) @ WIDE
+
+
+def own_data(x):
+    """Holds data of each of three examples."""
+    return flat(x) @ WIDE * jnp.array([[1.0], [-2.0], [3.0]])
+
+
+def unrolled(x):
+    return jnp.stack([jnp.max(slices(x)[i] @ SLICE, axis=0) for i in range(x.shape[0])])
+
+
+def example_by_example(x):
+    return jax.lax.map(lambda x: x.reshape(-1) @ WIDE, x)
+
+
+HEADS = {
+    "equal": {
+        "pooled": lambda x: pooled(x) @ POOLED + 1,
+        "summed": lambda x: (x @ POOLED).sum(axis=(1, 2, 3)),
+        "one_cell": (lambda x: flat(x) @ POOLED, (2, 1, 1, CHANNELS)),
+    },
+    "exact": {
+        "linear": lambda x: flat(x) @ WIDE + 1,
+        "slices": lambda x: (slices(x) @ SLICE + 1).mean(axis=1),
+        "two_layers": lambda x: (flat(x) @ WIDE + 1) @ LAST,
+        "batch_norm_by_running_averages": batch_norm_by_running_averages,
+        "example_by_example": example_by_example,
+    },
+    "complete": {
+        "max": lambda x: (slices(x) @ SLICE + 1).max(axis=1),
+        "max_zero_bias": lambda x: (slices(x) @ SLICE + ZEROS).max(axis=1),
+        "unrolled": unrolled,
+        "relu_without_bias": lambda x: jax.nn.relu(flat(x) @ WIDE) @ LAST,
+        "own_data": own_data,
+    },
+    "none": {
+        "relu_mlp": relu_mlp,
+        "nested_zero_bias": nested_zero_bias,
+        "jitted": jax.jit(relu_mlp),
+        "tanh": lambda x: jnp.tanh(flat(x) @ WIDE),
+        "square": lambda x: pooled(x**2) @ POOLED,
+        "softmax_over_slices": lambda x: jax.nn.logsumexp(slices(x) @ SLICE, axis=1),
+        "relu_then_max": lambda x: jax.nn.relu(slices(x) @ SLICE + ZEROS).max(axis=1),
+        "overflow": lambda x: jnp.exp(flat(x) @ WIDE),
+    },
+}
+CASES = [(kind, name, head) for kind, heads in HEADS.items() for name, head in heads.items()]
+
+
+@pytest.mark.parametrize(("kind", "name", "head"), CASES, ids=[case[1] for case in CASES])
+def test_kinds(kind, name, head):
+    head, shape = head if isinstance(head, tuple) else (head, SHAPE)
+    found = head_verdict(head, shape)
+    assert found.kind == kind
+    assert (found.residual < 2e-6) == (kind != "none")
+    assert (found.gradcam_difference < 1e-5) == (kind == "equal")
+    assert found.holds_for("hirescam") == found.guaranteed == (kind != "none")
+    assert found.holds_for("gradcam") == (kind == "equal")
+    assert not any(found.holds_for(m) for m in METHODS if kind != "equal" and m != "hirescam")
+    assert found.text.startswith("No guarantee") == (kind == "none")
+
+
+MEASURED = {kind: next(iter(heads.values())) for kind, heads in HEADS.items()} | {
+    "none": HEADS["none"]["tanh"]
+}
+
+
+@pytest.mark.parametrize(("kind", "head"), MEASURED.items(), ids=MEASURED)
+def test_maps_are_what_the_verdict_says(kind, head):
+    features = jnp.asarray(np.random.default_rng(3).normal(size=SHAPE), jnp.float32)
+
+    @jax.jit
+    def program(x):
+        return hirescam(head, x), gradcam(head, x), head(x) - head(x * 0)
+
+    maps, grad, rise = map(np.asarray, program(features))
+    left = np.abs(maps.sum(axis=(2, 3, 4)) - rise).max()
+    assert (left < 1e-4 * np.abs(rise).max()) == (kind != "none")
+    assert (np.abs(maps - grad).max() < 1e-5 * np.abs(maps).max()) == (kind == "equal")
+
+
+@pytest.mark.parametrize(
+    ("model", "grid", "kind"),
+    [
+        (AxialNet(3), (4, 3, 2), "exact"),
+        (AxialNet(3, pool="max"), (4, 3, 2), "complete"),
+        (Conv3DNet(3, hidden=(6,)), (2, 3, 2), "none"),
+    ],
+    ids=["axialnet", "axialnet_max", "conv3d"],
+)
+def test_models_as_they_are_initialised(model, grid, kind):
+    """With all biases zero; the same with any parameters."""
+    shape = (1, *grid, 5)
+    shapes = jax.eval_shape(partial(model.init, method="head"), jax.random.key(0), jnp.zeros(shape))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda x: np.float32(rng.normal(size=x.shape) * (len(x.shape) > 1)), shapes
+    )
+    assert head_verdict(partial(model.apply, variables, method="head"), shape).kind == kind
+
+
+def test_parameters_may_be_traced():
+    """As in a jitted function of the parameters: the verdict is on the structure."""
+    found = {}
+
+    @jax.jit
+    def program(kernel, bias, x):
+        found["exact"] = head_verdict(lambda x: flat(x) @ kernel + bias, x.shape)
+        found["none"] = head_verdict(lambda x: jax.nn.relu(flat(x) @ kernel + bias), x.shape)
+        return x
+
+    program(WIDE, ZEROS, jnp.zeros(SHAPE))
+    assert {kind: v.kind for kind, v in found.items()} == {"exact": "exact", "none": "none"}
+
+
+def test_float64_where_it_is_enabled():
+    with jax.enable_x64(True):
+        kernel = WIDE.astype(jnp.float64)
+        assert head_verdict(lambda x: flat(x) @ kernel, SHAPE).residual < 1e-14
+
+
+def test_low_precision_is_measured():
+    def head(x):
+        return (flat(x).astype(jnp.bfloat16) @ WIDE.astype(jnp.bfloat16)).astype(jnp.float32)
+
+    found = head_verdict(head, SHAPE)
+    assert (found.kind, found.guaranteed) == ("none", False)
+    assert found.short() == "no guarantee: the head is affine but computes in low precision"
+    assert 1e-4 < found.residual < 1e-2
+
+
+def test_words_for_each_method():
+    exact, complete, none, equal = (
+        verdict.HeadVerdict(kind, verdict.TEXTS[kind], 0.0, 0.0)
+        for kind in ("exact", "complete", "none", "equal")
+    )
+    assert exact.short() == "exact"
+    assert complete.short() == "exact on the winning slices"
+    assert "no guarantee" in exact.short("gradcam")
+    assert {none.short(m) for m in METHODS} == {"no guarantee: the head is not affine"}
+    assert [m for m in METHODS if "no guarantee" not in equal.short(m)] == [
+        "hirescam",
+        "gradcam",
+        "xgradcam",
+        "cam",
+    ]
+
+
+def test_bad_shapes():
+    with pytest.raises(ValueError, match=r"must be \(B, \*grid, C\)"):
+        head_verdict(flat, (2, 3))
+    with pytest.raises(ValueError, match="cannot be run on features"):
+        head_verdict(lambda x: flat(x) @ WIDE, (2, 3, 3))
+    with pytest.raises(ValueError, match=r"head must return logits \[B, K\]"):
+        head_verdict(lambda x: x.sum(axis=-1), SHAPE)
+
+
+# -- heads that mix examples ----------------------------------------------------------------------
+
+
+def batch_norm(x):
+    x = (x - x.mean(axis=(0, 1, 2, 3))) / jnp.sqrt(x.var(axis=(0, 1, 2, 3)) + 1e-5)
+    return pooled(x) @ POOLED
+
+
+def linen_batch_norm(x):
+    layer = nn.BatchNorm(use_running_average=False)
+    return flat(layer.apply(BATCH_NORM, x, mutable=["batch_stats"])[0]) @ WIDE
+
+
+def attention_between_examples(x):
+    y = pooled(x) @ POOLED
+    return jax.nn.softmax(y @ y.T) @ y
+
+
+MIXING = {
+    "batch_norm": batch_norm,
+    "linen_batch_norm": linen_batch_norm,
+    "jitted": jax.jit(batch_norm),
+    "remat": jax.checkpoint(batch_norm),
+    "mean": lambda x: (pooled(x) - pooled(x).mean(axis=0)) @ POOLED,
+    "max": lambda x: (pooled(x) / jnp.abs(pooled(x)).max()) @ POOLED,
+    "attention": attention_between_examples,
+}
+
+
+@pytest.mark.parametrize("head", MIXING.values(), ids=MIXING)
+def test_heads_that_mix_examples_are_refused(head):
+    features = jnp.asarray(RNG.normal(size=SHAPE), jnp.float32)
+    with pytest.raises(ValueError, match=r"mixes the examples of a batch.*BatchNorm"):
+        head_verdict(head, SHAPE)
+    for method in METHODS.values():
+        for labels in (None, np.zeros((SHAPE[0], 1), int)):
+            if method not in (METHODS["eigencam"], METHODS["ablationcam"], METHODS["cam"]):
+                with pytest.raises(ValueError, match="mixes the examples of a batch"):
+                    jax.eval_shape(partial(method, head, labels=labels), features)
+    one = jax.eval_shape(partial(hirescam, head), features[:1])  # nothing to mix with
+    assert one.shape == (1, 6, *SHAPE[1:-1])
+
+
+def test_the_verdict_sees_mixing_without_a_sum():
+    with pytest.raises(ValueError, match="mixes the examples of a batch"):
+        head_verdict(lambda x: flat(x + jnp.roll(x, 1, axis=0)) @ WIDE, SHAPE)
+
+
+ALONE = {
+    "own_data": own_data,
+    "unrolled": unrolled,
+    "example_by_example": example_by_example,
+    "running_averages": batch_norm_by_running_averages,
+    "stopped": lambda x: flat(x) @ WIDE / jax.lax.stop_gradient(jnp.abs(x).max()),
+}
+
+
+@pytest.mark.parametrize("head", ALONE.values(), ids=ALONE)
+def test_heads_that_only_look_as_if_they_did(head):
+    """No gradient reaches another example: the maps are those of the whole Jacobian."""
+    features = jnp.asarray(RNG.normal(size=SHAPE), jnp.float32)
+    maps, jacobian = jax.jit(lambda x: (hirescam(head, x), jax.jacrev(head)(x)))(features)
+    jacobian = np.asarray(jacobian)  # [B, K, B, *grid, C]
+    apart = [jacobian[b, :, c] for b in range(3) for c in range(3) if b != c]
+    assert not np.any(apart)
+    own = np.stack([jacobian[b, :, b] for b in range(3)])
+    expected = (own * np.asarray(features)[:, None]).sum(axis=-1)
+    np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 29, 3), (2, 29, 31, 1), (2, 3, 2)])
+def test_an_axis_of_a_traced_size_is_not_taken_for_the_batch(shape):
+    kernel, last = np.ones((int(np.prod(shape[1:])), 29)), np.ones((29, 2))
+    maps = jax.eval_shape(
+        partial(hirescam, lambda x: jnp.tanh(flat(x) @ kernel) @ last), jnp.ones(shape)
+    )
+    assert maps.shape == (2, 2, *shape[1:-1])
+
+
+# -- explain --------------------------------------------------------------------------------------
+
+
+def small(pool: str):
+    model = AxialNet(3, (1,), (4,), "small", (3,), "SAME", pool=pool)
+    volumes = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 8, 8)), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), volumes)
+    rng = np.random.default_rng(2)
+    return model, jax.tree.map(lambda x: jnp.asarray(rng.random(x.shape), x.dtype), shapes), volumes
+
+
+def test_explain_tells_it_once_for_a_model_and_shape(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cam, "_VERDICTS", {})
+    monkeypatch.setattr(cam, "head_verdict", lambda *a: asked.append(a) or verdict.head_verdict(*a))
+    model, variables, volumes = small("max")
+    found = explain(model, variables, volumes)
+    assert found.verdict is not None
+    assert found.verdict.kind == "complete"
+    assert explain(model, variables, volumes).verdict == found.verdict
+    assert len(asked) == 1
+    # As an argument and as a result of a compiled function.
+    again = jax.jit(lambda e: e._replace(logits=e.logits + 1))(found)
+    assert again.verdict == found.verdict
+    assert len(jax.tree.leaves(found)) == 3
+
+    inside = jax.eval_shape(lambda v: explain(model, variables, v), volumes)
+    assert inside.verdict == found.verdict  # only the volumes are traced
+    traced = jax.eval_shape(lambda variables: explain(model, variables, volumes), variables)
+    assert traced.verdict is None
+    assert traced.maps.shape == found.maps.shape
+
+
+class MixingNet(AxialNet):
+    def head(self, features, train=False, cells=None):
+        return super().head(features - features.mean(axis=0, keepdims=True), train, cells)
+
+
+def test_explain_refuses_a_head_that_mixes_examples():
+    _, variables, volumes = small("mean")
+    model = MixingNet(3, (1,), (4,), "small", (3,), "SAME")
+    for batch in (volumes, volumes[:1]):
+        with pytest.raises(ValueError, match="mixes the examples of a batch"):
+            explain(model, variables, batch)
+
+
+def test_a_verdict_is_hashable_and_comparable():
+    found = head_verdict(HEADS["exact"]["linear"], SHAPE)
+    assert found == dataclasses.replace(found)
+    assert len({found, dataclasses.replace(found), dataclasses.replace(found, kind="none")}) == 2
