@@ -199,6 +199,7 @@ class Phantom:
       split: "train", "val" or "test"; no patient is in two splits.
       size: number of patients.
       grid: (d, h, w), the feature grid to which the region masks are brought by nearest neighbour.
+      with_lesions: give the lesions too, on the feature grid.
 
     Raises:
       ValueError: an unknown split, a negative size or seed, an empty grid, a confounding
@@ -208,7 +209,14 @@ class Phantom:
     labels = LABELS
     regions = REGIONS
 
-    def __init__(self, config: PhantomConfig, split: str, size: int, grid: tuple[int, int, int]):
+    def __init__(
+        self,
+        config: PhantomConfig,
+        split: str,
+        size: int,
+        grid: tuple[int, int, int],
+        with_lesions: bool = False,
+    ):
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
         if size < 0 or config.seed < 0:
@@ -220,6 +228,7 @@ class Phantom:
         if not 0 <= config.confounding <= 1:
             raise ValueError(f"confounding must lie in [0, 1], got {config.confounding}")
         self.config, self.split, self.size, self.grid = config, split, size, tuple(grid)
+        self.with_lesions = with_lesions
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -249,22 +258,27 @@ class Phantom:
 
         Returns:
           volume int16 [D, H, W], HU; findings uint8 [K, R], 1 where label k is found in region r;
-          regions uint8 [R, d, h, w], 1 inside; index int32.
+          regions uint8 [R, d, h, w], 1 inside; index int32;
+          with `with_lesions` lesions uint8 [K, d, h, w], 1 in cells that hold a voxel of label k.
 
         Raises:
           IndexError: no such patient.
         """
         person = self.person(index)
-        volume, labels = render(person, self.config.shape, self.spacing_mm)
+        masks = np.zeros((len(LABELS), *self.config.shape), bool) if self.with_lesions else None
+        volume, labels = render(person, self.config.shape, self.spacing_mm, masks)
         picks = (np.arange(o) * n // o for n, o in zip(self.config.shape, self.grid, strict=True))
         small = labels[np.ix_(*picks)]
         regions = (small == np.arange(1, len(REGIONS) + 1)[:, None, None, None]).astype(np.uint8)
-        return {
+        item = {
             "volume": volume,
             "findings": person.found,
             "regions": regions,
             "index": np.int32(index),
         }
+        if masks is not None:
+            item["lesions"] = cells_with_any(masks, self.grid)
+        return item
 
     def case(self, index) -> PhantomCase:
         """Patient `index` with everything that is known about it, at full resolution.
@@ -284,3 +298,12 @@ class Phantom:
         affine[0, 2], affine[1, 1], affine[2, 0], affine[3, 3] = -w, -h, -d, 1
         affine[:3, 3] = -affine[:3, :3] @ ((np.array(self.config.shape) - 1) / 2)
         return affine
+
+
+def cells_with_any(masks: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
+    """Masks bool [K, D, H, W] -> uint8 [K, d, h, w], 1 in the cells that hold a voxel of the mask:
+    a small lesion is never lost."""
+    for axis, cells in enumerate(grid, start=1):
+        size = masks.shape[axis]
+        masks = np.logical_or.reduceat(masks, np.arange(cells) * size // cells, axis=axis)
+    return masks.astype(np.uint8)
