@@ -94,7 +94,7 @@ def map_measures(maps: Array, allowed: Array, lesions: Array | None) -> dict[str
 
 @jax.jit
 def baseline_step(
-    prior: Array, findings: Array, regions: Array, lesions: Array | None, index: Array
+    prior: Any, findings: Any, regions: Any, lesions: Any, index: Any
 ) -> dict[str, dict[str, Array]]:
     """`map_measures` of maps that no model made."""
     allowed = allowed_of(findings, regions)
@@ -110,7 +110,7 @@ def baseline_step(
     return {**measured, "organ_prior": jax.tree.map(of_known, measured["organ_prior"])}
 
 
-def baseline_maps(prior: Array, index: Array) -> dict[str, Array]:
+def baseline_maps(prior: Array, index: Array | np.ndarray) -> dict[str, Array]:
     """Maps [B, K, d, h, w] for the volumes of these numbers [B] in their split."""
     shape = (len(index), *prior.shape)
     return {
@@ -197,11 +197,9 @@ def predict(
     for some in chunks:
         filled = np.resize(some, size)  # one shape, one program
         lesions = masks("lesions", filled) if "lesions" in whole["masks"] else None
-        measures = baseline_step(
-            prior, findings[filled], masks("regions", filled), lesions, filled
-        )
-        baselines.append(jax.tree.map(lambda x, n=len(some): np.asarray(x)[:n], measures))
-    baselines = jax.tree.map(lambda *parts: np.concatenate(parts), *baselines)
+        measures = baseline_step(prior, findings[filled], masks("regions", filled), lesions, filled)
+        baselines.append(jax.tree.map(np.asarray, measures))
+    baselines = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(source)], *baselines)
 
     def of_present(value: np.ndarray) -> np.ndarray:
         return np.where(labels.reshape(*labels.shape, *[1] * (value.ndim - 2)), value, np.nan)

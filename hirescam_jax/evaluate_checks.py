@@ -34,7 +34,7 @@ from hirescam_jax.metrics import (
     similarity,
 )
 from hirescam_jax.progress import progress
-from hirescam_jax.summary import MAP_NAMES, aligned, interval_text
+from hirescam_jax.summary import MAP_NAMES, aligned, interval_text, map_name
 
 STEPS = 16  # of the insertion and deletion curves
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the cells that ROAD removes
@@ -111,7 +111,7 @@ def faithfulness(run: Run, source: Source, prior: np.ndarray, count: int) -> dic
 def _means(pairs: list[dict[str, np.ndarray]], volumes: np.ndarray) -> dict[str, Any]:
     """Means over pairs of volume and label, the volumes drawn for the intervals."""
     if not pairs:
-        return dict.fromkeys(MEASURES, {"value": None, "low": None, "high": None})
+        return {name: {"value": None, "low": None, "high": None} for name in MEASURES}
     stacked = {name: np.stack([pair[name] for pair in pairs]) for name in pairs[0]}
     columns = np.stack([stacked[name] for name in MEASURES], axis=-1)
     drawn = bootstrap(lambda cases: nan_mean(columns[cases], axis=1), len(pairs), groups=volumes)
@@ -177,7 +177,7 @@ def faithfulness_table(result: dict[str, Any]) -> str:
     rows[0][2] += " (low is good)"
     for name, measures in result["methods"].items():
         cells = [interval_text(measures[key]) for key in MEASURES]
-        rows.append([MAP_NAMES.get(name, name), *cells])
+        rows.append([map_name(name), *cells])
     return aligned(rows)
 
 
@@ -193,7 +193,7 @@ def save_sanity_picture(path: Path, result: dict[str, Any]) -> None:
         ax.axhline(0, color="#9aa1ab", lw=0.8)
         for name, of_method in result["methods"].items():
             values = [1.0, *(np.nan if v is None else v for v in of_method[kind])]
-            ax.plot(values, "o-", ms=4, color=colors.get(name), label=MAP_NAMES.get(name, name))
+            ax.plot(values, "o-", ms=4, color=colors.get(name), label=map_name(name))
         ax.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=8)
         ax.set_title(f"{title} with the trained network's maps", loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,7 @@
 """From the measures of each volume to what is reported: thresholds, means, intervals, tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ class Predictions(NamedTuple):
     logits: Float[np.ndarray, "N K"]
     labels: Bool[np.ndarray, "N K"]
     organ_iou: dict[str, Float[np.ndarray, "N K T"]]
-    lesions: dict[str, dict[str, np.ndarray]] = {}
+    lesions: Mapping[str, dict[str, np.ndarray]] = MappingProxyType({})
     findings: np.ndarray | None = None
     prior: np.ndarray | None = None
 
@@ -228,10 +229,12 @@ def _delong(labels: Sequence[str], test: Predictions) -> dict[str, dict[str, flo
 def _reliability(
     labels: Sequence[str], probabilities: np.ndarray, truth: np.ndarray
 ) -> dict[str, dict[str, list]]:
-    tables = {label: reliability(probabilities[:, k], truth[:, k], BINS) for k, label in enumerate(labels)}
+    tables = {
+        label: reliability(probabilities[:, k], truth[:, k], BINS) for k, label in enumerate(labels)
+    }
     return {
         label: {
-            "count": table.count.tolist(),
+            "count": table.counts.tolist(),
             "probability": [_null(p) for p in table.probability],
             "frequency": [_null(f) for f in table.frequency],
         }
@@ -249,12 +252,11 @@ def table(result: dict[str, Any]) -> str:
     if any(of_map["regions"] for of_map in result["organ_iou"].values()):
         parts.append(region_table(result))
     calibration = result["calibration"]
+    error, brier = (calibration[n]["mean"] for n in ("expected_calibration_error", "brier"))
     parts.append(
-        "Calibration: expected error "
-        f"{interval_text(calibration['expected_calibration_error']['mean'])} "
-        f"in {calibration['bins']} bins, Brier score {interval_text(calibration['brier']['mean'])}\n"
-        f"In brackets: 95 % bootstrap intervals over {result['patients']} patients "
-        f"({result['volumes']} volumes)"
+        f"Calibration: expected error {interval_text(error)} in {calibration['bins']} bins, "
+        f"Brier score {interval_text(brier)}\nIn brackets: 95 % bootstrap intervals over "
+        f"{result['patients']} patients ({result['volumes']} volumes)"
     )
     return "\n\n".join(parts)
 
@@ -284,7 +286,7 @@ def map_table(result: dict[str, Any]) -> str:
         rows[0] += [f"lesions: {next(iter(LESION_MEASURES.values()))}"]
         rows[0] += list(LESION_MEASURES.values())[1:]
     for name, of_map in result["organ_iou"].items():
-        title = MAP_NAMES.get(name, name)
+        title = map_name(name)
         missing = len(of_map["labels"]) - of_map["defined"]
         if missing:
             title += f" ({of_map['defined']} of {len(of_map['labels'])} labels)"
@@ -299,7 +301,7 @@ def map_table(result: dict[str, Any]) -> str:
 def region_table(result: dict[str, Any]) -> str:
     """OrganIoU by the organ in which the finding is."""
     shown = {n: of_map["regions"] for n, of_map in result["organ_iou"].items() if of_map["regions"]}
-    rows = [["OrganIoU by organ", "pairs", *(MAP_NAMES.get(name, name) for name in shown)]]
+    rows = [["OrganIoU by organ", "pairs", *(map_name(name) for name in shown)]]
     for region, first in next(iter(shown.values())).items():
         cells = [interval_text(of_map[region]) for of_map in shown.values()]
         rows.append([region, str(first["pairs"]), *cells])
@@ -310,7 +312,9 @@ def _mean_of(measures: Any) -> str:
     """ "mean of 9 of 10 labels", or "mean" where all count, or not the same of each measure."""
     counts = {(m["defined"], len(m["labels"])) for m in measures}
     defined, total = next(iter(counts))
-    return f"mean of {defined} of {total} labels" if len(counts) == 1 and defined < total else "mean"
+    return (
+        f"mean of {defined} of {total} labels" if len(counts) == 1 and defined < total else "mean"
+    )
 
 
 def aligned(rows: list[list[str]]) -> str:
@@ -337,3 +341,8 @@ def interval_text(interval: dict[str, float | None]) -> str:
 
 def _null(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
+
+
+def map_name(name: str) -> str:
+    """As tables call it."""
+    return MAP_NAMES.get(name) or name

@@ -300,7 +300,7 @@ class Phantom:
         return affine
 
 
-def cells_with_any(masks: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
+def cells_with_any(masks: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
     """Masks bool [K, D, H, W] -> uint8 [K, d, h, w], 1 in the cells that hold a voxel of the mask:
     a small lesion is never lost."""
     for axis, cells in enumerate(grid, start=1):

@@ -67,7 +67,9 @@ def open_split(
     """
     if isinstance(data, PhantomData):
         try:
-            source = Phantom(data.phantom, split, getattr(data, f"{split}_size"), grid, with_lesions)
+            source = Phantom(
+                data.phantom, split, getattr(data, f"{split}_size"), grid, with_lesions
+            )
         except ValueError as error:
             raise UserError(f"config.data: {error}") from error
     else:

@@ -1,9 +1,9 @@
 """Does the model use what the map shows? Insertion and deletion, and ROAD.
 
 All take `model` (volumes [n, *volume] -> logits [n, K]), volumes [B, *volume] and maps [B, L,
-*grid], whose grid has n spatial axes, the first of the volume; an axis of channels may follow. Maps
-on a coarser grid are brought to the volume by linear interpolation; raw, signed maps are best, since
-a ReLU leaves cells without an order. A score is the sigmoid of the map's own label.
+*grid]. The volume has the spatial axes of the grid; an axis of channels may follow. Maps on a
+coarser grid are brought to the volume by linear interpolation; raw, signed maps are best, since a
+ReLU leaves cells without an order. A score is the sigmoid of the map's own label.
 
 One compiled program for all volumes and labels; at a time the model sees `chunk` volumes, which
 bounds the memory. Give `jax.tree_util.Partial(apply, variables)` to compile once for all variables.
@@ -47,8 +47,8 @@ class Road(NamedTuple):
 
 def deletion(
     model: Callable[[Array], Array],
-    volumes: Array,
-    maps: Array,
+    volumes: Array | np.ndarray,
+    maps: Array | np.ndarray,
     labels: Any = None,
     *,
     fill: Any = 0.0,
@@ -72,8 +72,8 @@ def deletion(
 
 def insertion(
     model: Callable[[Array], Array],
-    volumes: Array,
-    maps: Array,
+    volumes: Array | np.ndarray,
+    maps: Array | np.ndarray,
     labels: Any = None,
     *,
     start: Any = 0.0,
@@ -93,8 +93,8 @@ def insertion(
 
 def road(
     model: Callable[[Array], Array],
-    volumes: Array,
-    maps: Array,
+    volumes: Array | np.ndarray,
+    maps: Array | np.ndarray,
     labels: Any = None,
     *,
     key: Array,
@@ -123,8 +123,8 @@ def road(
         labels,
         key,
         noise,
-        tolerance,
         fractions=tuple(fractions),
+        tolerance=tolerance,
         max_iterations=max_iterations,
         chunk=chunk,
     )
@@ -132,8 +132,8 @@ def road(
 
 
 def linear_imputation(
-    volumes: Float[Array, "N *volume"],
-    removed: Array,
+    volumes: Array | np.ndarray,
+    removed: Array | np.ndarray,
     *,
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
@@ -158,6 +158,12 @@ def linear_imputation(
     if channels not in (0, 1) or volumes.shape[: removed.ndim] != removed.shape:
         raise ValueError(f"volumes {volumes.shape} and removed {removed.shape} must agree")
 
+    removed = jnp.asarray(removed).astype(bool)
+    return _imputed(jnp.asarray(volumes), removed, tolerance, max_iterations)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _imputed(volumes: Array, removed: Array, tolerance: float, max_iterations: int) -> Array:
     def one(values: Array, removed: Array) -> Array:
         weight = _neighbours(jnp.ones_like(values))
 
@@ -166,19 +172,17 @@ def linear_imputation(
 
         known = jnp.where(removed, 0, values)
         mean = known.sum() / jnp.maximum((~removed).sum(), 1)
-        start = jnp.where(removed, mean, 0)
         solution, _ = cg(
             system,
             jnp.where(removed, _neighbours(known), 0),
-            start,
+            jnp.where(removed, mean, 0),
             tol=tolerance,
             maxiter=max_iterations,
             M=lambda x: x / weight,
         )
         return jnp.where(removed, solution, values)
 
-    removed = removed.astype(bool)
-    if channels:
+    if volumes.ndim > removed.ndim:
         return jax.vmap(jax.vmap(one, (-1, None), -1))(volumes, removed)
     return jax.vmap(one)(volumes, removed)
 
@@ -196,8 +200,8 @@ def _neighbours(x: Array) -> Array:
 
 
 def blur(volumes: Array, sigma: float, spatial_axes: int) -> Array:
-    """Gaussian blur of the `spatial_axes` axes behind the first, to three sigma, cells at the border
-    repeated outwards."""
+    """Gaussian blur of the `spatial_axes` axes behind the first, to three sigma; the cells at
+    the border go on outside."""
     radius = max(1, round(3 * sigma))
     offsets = np.arange(-radius, radius + 1)
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
@@ -213,7 +217,7 @@ def blur(volumes: Array, sigma: float, spatial_axes: int) -> Array:
 
 
 def _curve(
-    model: Any, first: Array, last: Array, maps: Array, labels: Any, steps: int, chunk: int
+    model: Any, first: Any, last: Any, maps: Any, labels: Any, steps: int, chunk: int
 ) -> Curve:
     """The score from `first` to `last`, whose cells are taken strongest first."""
     if steps < 1:
@@ -226,7 +230,7 @@ def _curve(
 
 @partial(jax.jit, static_argnames=("steps", "chunk"))
 def _curve_scores(
-    model: Any, first: Array, last: Array, maps: Array, labels: Array, *, steps: int, chunk: int
+    model: Any, first: Any, last: Any, maps: Any, labels: Any, *, steps: int, chunk: int
 ) -> Array:
     def one_map(b: Array, map_: Array, label: Array) -> Array:
         rank = _ranks(map_, first.shape[1 : maps.ndim - 1])
@@ -241,7 +245,7 @@ def _curve_scores(
     return _each_map(one_map, maps, labels)
 
 
-@partial(jax.jit, static_argnames=("fractions", "max_iterations", "chunk"))
+@partial(jax.jit, static_argnames=("fractions", "tolerance", "max_iterations", "chunk"))
 def _road(
     model: Any,
     volumes: Array,
@@ -249,9 +253,9 @@ def _road(
     labels: Array,
     key: Array,
     noise: Any,
-    tolerance: Any,
     *,
     fractions: tuple[float, ...],
+    tolerance: float,
     max_iterations: int,
     chunk: int,
 ) -> tuple[Array, Array]:

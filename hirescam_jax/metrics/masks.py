@@ -5,6 +5,7 @@ cells that count neither as hit nor as miss, as PASCAL VOC's 255 does. A map who
 left is NaN: there is nothing to find, which is not a miss. Everything works under `jit`.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ class Overlap(NamedTuple):
 
 def organ_iou(
     maps: Float[Array, "B K *grid"],
-    allowed: Array,
+    allowed: Array | np.ndarray,
     thresholds: Float[Array | np.ndarray, "T"],
     *,
     void: Array | np.ndarray | None = None,
@@ -68,7 +69,7 @@ def organ_iou(
 def overlap(
     maps: Float[Array | np.ndarray, "B K *grid"],
     masks: Array | np.ndarray,
-    thresholds: Array | np.ndarray,
+    thresholds: Any,
     void: Array | np.ndarray | None = None,
 ) -> Overlap:
     """IoU (Jaccard) and Dice of the cells above a threshold and the mask.
@@ -83,11 +84,14 @@ def overlap(
         ValueError: shapes that differ, or a void that leaves nothing.
     """
     maps, inside, counted = _cells(jnp.asarray(maps), masks, void)
-    inside = inside & counted
+    thresholds = jnp.asarray(thresholds, maps.dtype)
+    each = jnp.broadcast_to(thresholds, (*maps.shape[:2], thresholds.shape[-1]))
+    return _overlap(maps, inside & counted, counted, each)
+
+
+@jax.jit
+def _overlap(maps: Array, inside: Array, counted: Array, each: Array) -> Overlap:
     size = inside.sum(-1)
-    each = jnp.broadcast_to(
-        jnp.asarray(thresholds, maps.dtype), (*maps.shape[:2], np.shape(thresholds)[-1])
-    )
 
     def at(threshold_BK: Array) -> tuple[Array, Array]:
         above = (maps > threshold_BK[..., None]) & counted
@@ -121,7 +125,11 @@ def otsu_threshold(
         bins: of equal width between the least and the greatest value of the map.
     """
     maps, _, counted = _cells(jnp.asarray(maps), np.ones(maps.shape, bool), void)
+    return _otsu(maps, counted, bins)
 
+
+@partial(jax.jit, static_argnums=2)
+def _otsu(maps: Array, counted: Array, bins: int) -> Array:
     def of_one(values: Array, counted: Array) -> Array:
         low = jnp.min(jnp.where(counted, values, jnp.inf))
         high = jnp.max(jnp.where(counted, values, -jnp.inf))
@@ -202,7 +210,11 @@ def rank_accuracy(
     `pointing_game`.
     """
     maps, inside, counted = _cells(jnp.asarray(maps), masks, void)
-    inside = inside & counted
+    return _rank_accuracy(maps, inside & counted, counted)
+
+
+@jax.jit
+def _rank_accuracy(maps: Array, inside: Array, counted: Array) -> Array:
     maps = jnp.where(counted, maps, -jnp.inf)
     size = inside.sum(-1, keepdims=True)
     strongest = jnp.flip(jnp.sort(maps, axis=-1), -1)
@@ -222,8 +234,11 @@ def map_average_precision(
     about the mask's share of the grid. Arguments, result and errors as `pointing_game`.
     """
     maps, inside, counted = _cells(jnp.asarray(maps), masks, void)
-    inside = inside & counted
+    return _average_precision(maps, inside & counted, counted)
 
+
+@jax.jit
+def _average_precision(maps: Array, inside: Array, counted: Array) -> Array:
     def of_one(values: Array, inside: Array, counted: Array) -> Array:
         falling = jnp.where(counted, -values, jnp.inf)  # what is void comes last
         order = jnp.argsort(falling)

@@ -34,11 +34,11 @@ class PairedTest(NamedTuple):
 
 
 class Reliability(NamedTuple):
-    """Per bin of predicted probability: count, mean probability, and the share that is positive
+    """Per bin of predicted probability: counts, mean probability, and the share that is positive
     (both NaN where the bin is empty). edges [M + 1], the rest [M]."""
 
     edges: np.ndarray
-    count: np.ndarray
+    counts: np.ndarray
     probability: np.ndarray
     frequency: np.ndarray
 
@@ -146,7 +146,7 @@ def delong_test(first: np.ndarray, second: np.ndarray, truth: np.ndarray) -> Pai
 
 def brier_score(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Mean squared difference of probability and truth along the last axis (Brier 1950)."""
-    return np.mean((probabilities - np.asarray(truth, float)) ** 2, axis=-1)
+    return np.asarray(np.mean((probabilities - np.asarray(truth, float)) ** 2, axis=-1))
 
 
 def reliability(
@@ -185,8 +185,8 @@ def expected_calibration_error(
     Guo et al., ICML 2017, whose confidence is that of the predicted class instead).
     """
     table = reliability(probabilities, truth, bins)
-    gap = np.where(table.count > 0, np.abs(table.probability - table.frequency), 0)
-    return float((table.count * gap).sum() / max(table.count.sum(), 1))
+    gap = np.where(table.counts > 0, np.abs(table.probability - table.frequency), 0)
+    return float((table.counts * gap).sum() / max(table.counts.sum(), 1))
 
 
 def bootstrap(

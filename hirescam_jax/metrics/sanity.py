@@ -7,6 +7,7 @@ and not the model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -33,10 +34,8 @@ class Similarity(NamedTuple):
     spearman_absolute: Float[Array, "B L"]
 
 
-def similarity(
-    first: Float[Array | np.ndarray, "B L *grid"], second: Float[Array | np.ndarray, "B L *grid"]
-) -> Similarity:
-    """How alike two sets of raw signed maps of the same volumes and labels are.
+def similarity(first: Array | np.ndarray, second: Array | np.ndarray) -> Similarity:
+    """How alike two sets of raw signed maps [B, L, *grid] of the same volumes and labels are.
 
     For label randomisation give the maps of a model that was trained on the data's labels and of
     one that was trained on permuted labels. SSIM is NaN on grids of less than 3 cells an axis.
@@ -44,7 +43,11 @@ def similarity(
     Raises:
         ValueError: maps of different shapes.
     """
-    first, second = _pair(first, second)
+    return _similarity(*_pair(first, second))
+
+
+@jax.jit
+def _similarity(first: Array, second: Array) -> Similarity:
     axes = tuple(range(2, first.ndim))
 
     def shown(maps: Array) -> Array:
@@ -61,17 +64,18 @@ def similarity(
     return Similarity(structure, spearman(first, second), absolute)
 
 
-def spearman(
-    first: Float[Array | np.ndarray, "B L *grid"], second: Float[Array | np.ndarray, "B L *grid"]
-) -> Float[Array, "B L"]:
+def spearman(first: Array | np.ndarray, second: Array | np.ndarray) -> Float[Array, "B L"]:
     """Spearman's rank correlation over the cells of each map, equal values at their mean rank; NaN
     where a map is constant.
 
     Raises:
         ValueError: maps of different shapes.
     """
-    first, second = _pair(first, second)
+    return _spearman(*_pair(first, second))
 
+
+@jax.jit
+def _spearman(first: Array, second: Array) -> Array:
     def centred(maps: Array) -> Array:
         cells = maps.reshape(-1, maps[0, 0].size)
         ranks = jax.vmap(rankdata)(cells).reshape(*maps.shape[:2], -1)
@@ -85,8 +89,8 @@ def spearman(
 
 
 def ssim(
-    first: Float[Array | np.ndarray, "B L *grid"],
-    second: Float[Array | np.ndarray, "B L *grid"],
+    first: Array | np.ndarray,
+    second: Array | np.ndarray,
     *,
     data_range: float = 1.0,
     window: int | None = None,
@@ -112,6 +116,11 @@ def ssim(
             f"an SSIM window of {window} cells does not fit maps {first.shape}: it must be odd, at "
             "least 3 and within every spatial axis"
         )
+    return _ssim(first, second, data_range, window)
+
+
+@partial(jax.jit, static_argnums=3)
+def _ssim(first: Array, second: Array, data_range: Any, window: int) -> Array:
     count = window ** (first.ndim - 2)
 
     def mean(x: Array) -> Array:
@@ -134,7 +143,7 @@ def ssim(
 
 
 def repeatability(
-    maps: Sequence[Float[Array | np.ndarray, "B L *grid"]],
+    maps: Sequence[Array | np.ndarray],
 ) -> Similarity:
     """Mean similarity over all pairs of several models' maps of the same volumes: do trainings from
     other seeds explain themselves alike?
