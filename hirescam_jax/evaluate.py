@@ -56,13 +56,15 @@ __all__ = [
     "table",
 ]
 
-BASELINE_CELLS = 2**25  # of all labels' maps that the baselines hold at once
+BASELINES = ("organ_prior", "centre_blob", "random")
+CHUNK_CELLS = 2**25  # of masks that are held at once
 
 
 def predict_step(
     variables: Any, batch: dict[str, Array], *, config: Config, layout: Layout
 ) -> dict[str, Any]:
-    """Logits, labels, masks, and the measures of both map methods for a batch, in one program."""
+    """Logits, labels and OrganIoU of both map methods for a batch, in one program; with what is
+    needed to measure more afterwards: the masks, and the maps where there are lesions."""
     logits, maps = explain_step(variables, batch["volume"], config=config, layout=layout)
     masks = {n: batch[n][:, :, : layout.cells] for n in ("regions", "lesions") if n in batch}
     allowed = allowed_of(batch["findings"], masks["regions"])
@@ -70,17 +72,53 @@ def predict_step(
         "logits": logits,
         "labels": labels_of(batch["findings"]),
         "findings": batch["findings"],
+        "organ_iou": {
+            name: organ_iou(normalize_map(map_BKdhw), allowed, ORGAN_IOU_THRESHOLDS)
+            for name, map_BKdhw in maps.items()
+        },
         "masks": masks,
-        "measures": {n: map_measures(m, allowed, masks.get("lesions")) for n, m in maps.items()},
+        "maps": maps if "lesions" in masks else {},
     }
 
 
-def map_measures(maps: Array, allowed: Array, lesions: Array | None) -> dict[str, Array]:
-    """OrganIoU [B, K, T] of raw maps; where there are lesions also IoU with them at the same
-    thresholds and at Otsu's, and where the evidence lies, [B, K]."""
-    shown = normalize_map(maps)
+def baseline_maps(
+    prior: Array, index: Array | np.ndarray, labels: Array | np.ndarray
+) -> dict[str, Array]:
+    """Maps that no model made, like `prior` [B, L, d, h, w], of volumes with these numbers [B] in
+    their split and of labels [B, L]."""
+    return {
+        "organ_prior": prior,
+        "centre_blob": centre_blob(prior.shape),
+        "random": random_maps(prior.shape, index=index, labels=labels),
+    }
+
+
+@jax.jit
+def pairs_step(
+    pairs: Any, prior: Any, findings: Any, regions: Any, lesions: Any, maps: Any
+) -> dict[str, Array]:
+    """The measures that the model's pass did not make, of pairs of a volume and a label that it has.
+
+    Args:
+        pairs: [P, 2], number of the volume and of the label.
+        prior: [P, 1, d, h, w]; findings: [P, 1, R]; regions: [P, R, d, h, w].
+        lesions: [P, 1, d, h, w] or None; maps: [P, M, d, h, w], of the model's methods.
+
+    Returns:
+        "organ_iou" [P, 3, T] of the baselines; with lesions also IoU with them [P, M + 3, T], at
+        the same thresholds and at Otsu's, and where the evidence lies [P, M + 3].
+    """
+    known = ~jnp.isnan(prior).any(axis=(1, 2, 3, 4))
+    index, labels = pairs[:, 0], pairs[:, 1:]
+    baselines = list(baseline_maps(jnp.nan_to_num(prior), index, labels).values())
+    baselines = jnp.concatenate(baselines, axis=1)
+    allowed = jnp.broadcast_to(allowed_of(findings, regions), baselines.shape)
+    shown = normalize_map(baselines)
     measures = {"organ_iou": organ_iou(shown, allowed, ORGAN_IOU_THRESHOLDS)}
     if lesions is not None:
+        maps = jnp.concatenate([maps, baselines], axis=1)
+        lesions = jnp.broadcast_to(lesions, maps.shape)
+        shown = normalize_map(maps)
         measures |= {
             "iou": overlap(shown, lesions, ORGAN_IOU_THRESHOLDS).iou,
             "otsu_iou": overlap(shown, lesions, otsu_threshold(shown)[..., None]).iou[..., 0],
@@ -89,35 +127,13 @@ def map_measures(maps: Array, allowed: Array, lesions: Array | None) -> dict[str
             "rank_accuracy": rank_accuracy(maps, lesions),
             "average_precision": map_average_precision(maps, lesions),
         }
-    return measures
 
+    def of_known(value: Array) -> Array:  # the prior's is the first of the baselines
+        row = value.shape[1] - len(BASELINES)
+        missing = ~known.reshape(-1, *[1] * (value.ndim - 2))
+        return value.at[:, row].set(jnp.where(missing, jnp.nan, value[:, row]))
 
-@jax.jit
-def baseline_step(
-    prior: Any, findings: Any, regions: Any, lesions: Any, index: Any
-) -> dict[str, dict[str, Array]]:
-    """`map_measures` of maps that no model made."""
-    allowed = allowed_of(findings, regions)
-    measured = {
-        name: map_measures(maps, allowed, lesions)
-        for name, maps in baseline_maps(jnp.nan_to_num(prior), index).items()
-    }
-    known = ~jnp.isnan(prior).any(axis=tuple(range(1, prior.ndim)))
-
-    def of_known(value: Array) -> Array:
-        return jnp.where(known.reshape(-1, *[1] * (value.ndim - 2)), value, jnp.nan)
-
-    return {**measured, "organ_prior": jax.tree.map(of_known, measured["organ_prior"])}
-
-
-def baseline_maps(prior: Array, index: Array | np.ndarray) -> dict[str, Array]:
-    """Maps [B, K, d, h, w] for the volumes of these numbers [B] in their split."""
-    shape = (len(index), *prior.shape)
-    return {
-        "organ_prior": jnp.broadcast_to(prior, shape),
-        "centre_blob": centre_blob(shape),
-        "random": random_maps(shape, index=index),
-    }
+    return jax.tree.map(of_known, measures)
 
 
 def explain_step(
@@ -173,40 +189,66 @@ def predict(
     layout = open_layout(config, tuple(source.shape), evaluation=True)
     variables = sharding.replicate(run.variables, layout.mesh)
     step = _predict_program(config, layout)
-    results = []
-    steps = range(-(-len(source) // layout.batch_size))
+    results, maps = [], []
     batches = eval_batches(source, layout.share, workers=config.workers)
-    for _ in progress(steps, title, "batch"):
+    for first in progress(range(0, len(source), layout.batch_size), title, "batch"):
         result = jax.device_get(step(variables, layout.to_devices(next(batches))))
-        # The baselines need the masks of the whole split: bits.
+        # For what is measured afterwards: bits, and the maps of labels that are present.
         packed = {n: np.packbits(m.reshape(len(m), -1), 1) for n, m in result["masks"].items()}
+        present = result["labels"][: len(source) - first]
+        own = [m[: len(present)][present] for m in result.pop("maps").values()]
+        maps.append(np.stack(own, axis=1) if own else None)
         results.append({**result, "masks": packed})
     whole = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(source)], *results)
     labels, findings = whole["labels"], whole["findings"]
+    pairs = np.argwhere(labels)
+    maps = np.concatenate(maps) if "lesions" in whole["masks"] else None
 
-    def masks(name: str, numbers: np.ndarray) -> np.ndarray:
+    def masks(name: str, volumes: np.ndarray) -> np.ndarray:
         shape = (len(source.regions if name == "regions" else source.labels), *layout.grid)
-        bits = np.unpackbits(whole["masks"][name][numbers], axis=1, count=math.prod(shape))
+        bits = np.unpackbits(whole["masks"][name][volumes], axis=1, count=math.prod(shape))
         return bits.reshape(-1, *shape)
 
-    size = max(1, min(64, BASELINE_CELLS // (len(source.labels) * math.prod(layout.grid))))
-    chunks = np.split(np.arange(len(source)), range(size, len(source), size))
+    def chunks(count: int, cells: int) -> list[np.ndarray]:
+        size = max(1, min(64, CHUNK_CELLS // cells))
+        return np.split(np.arange(count), range(size, count, size))
+
+    cells = math.prod(layout.grid)
     if prior is None:
-        prior = organ_prior(_allowed(findings[some], masks("regions", some)) for some in chunks)
-    baselines = []
-    for some in chunks:
-        filled = np.resize(some, size)  # one shape, one program
-        lesions = masks("lesions", filled) if "lesions" in whole["masks"] else None
-        measures = baseline_step(prior, findings[filled], masks("regions", filled), lesions, filled)
-        baselines.append(jax.tree.map(np.asarray, measures))
-    baselines = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(source)], *baselines)
+        size = max(1, CHUNK_CELLS // (cells * labels.shape[1]))
+        numbers = np.split(np.arange(len(source)), range(size, len(source), size))
+        prior = organ_prior(_allowed(findings[some], masks("regions", some)) for some in numbers)
+    size = max(1, min(64, CHUNK_CELLS // (cells * findings.shape[2])))
+    measured = []
+    for begin in range(0, len(pairs), size):
+        some = np.resize(np.arange(begin, min(begin + size, len(pairs))), size)  # one shape
+        n, k = pairs[some].T
+        lesions = own = None
+        if maps is not None:
+            lesions, own = masks("lesions", n)[np.arange(size), k][:, None], maps[some]
+        inputs = prior[k][:, None], findings[n, k][:, None], masks("regions", n), lesions, own
+        measured.append(jax.device_get(pairs_step(pairs[some], *inputs)))
+    of_pairs = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(pairs)], *measured)
 
-    def of_present(value: np.ndarray) -> np.ndarray:
-        return np.where(labels.reshape(*labels.shape, *[1] * (value.ndim - 2)), value, np.nan)
+    def of_all(values: np.ndarray) -> np.ndarray:
+        full = np.full((*labels.shape, *values.shape[1:]), np.nan, np.float32)
+        full[labels] = values
+        return full
 
-    measures = jax.tree.map(of_present, {**whole["measures"], **baselines})
-    iou = {name: of_map.pop("organ_iou") for name, of_map in measures.items()}
-    lesions = measures if "lesions" in whole["masks"] else {}
+    iou = {n: np.where(labels[..., None], v, np.nan) for n, v in whole["organ_iou"].items()}
+    methods = [*iou, *BASELINES]
+    if not len(pairs):
+        nothing = np.full_like(next(iter(iou.values())), np.nan)
+        iou |= dict.fromkeys(BASELINES, nothing)
+        return Predictions(whole["logits"], labels, iou, None, findings, prior)
+    for row, name in enumerate(BASELINES):
+        iou[name] = of_all(of_pairs["organ_iou"][:, row])
+    lesions = None
+    if maps is not None:
+        lesions = {
+            name: {key: of_all(v[:, row]) for key, v in of_pairs.items() if key != "organ_iou"}
+            for row, name in enumerate(methods)
+        }
     return Predictions(whole["logits"], labels, iou, lesions, findings, prior)
 
 

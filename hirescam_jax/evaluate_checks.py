@@ -86,11 +86,12 @@ def faithfulness(run: Run, source: Source, prior: np.ndarray, count: int) -> dic
     maps_of = _maps_program(run)
     variables = jax.device_put(run.variables)
     found: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in MAP_NAMES}
-    volumes = []
+    volumes, numbers = [], np.arange(len(run.labels))[None]
     for index in progress(range(count), "faithfulness", "volume"):
         batch = make_batch(source, [index])
         volume = run.normalize(jnp.asarray(batch["volume"]))
-        maps = maps_of(variables, volume) | baseline_maps(jnp.asarray(prior), jnp.array([index]))
+        maps = maps_of(variables, volume)
+        maps |= baseline_maps(jnp.asarray(prior)[None], np.array([index]), numbers)
         for label in np.flatnonzero(batch["findings"][0].any(axis=-1)):
             volumes.append(index)
             for name, maps_BK in maps.items():

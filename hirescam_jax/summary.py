@@ -1,7 +1,6 @@
 """From the measures of each volume to what is reported: thresholds, means, intervals, tables."""
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +44,7 @@ class Predictions(NamedTuple):
     """What is measured of each volume and label of a split; NaN where it is not defined.
 
     organ_iou: by method and baseline, at every threshold, of present labels.
-    lesions: by method and baseline, then by measure: "iou" [N, K, T], the others [N, K]; empty
+    lesions: by method and baseline, then by measure: "iou" [N, K, T], the others [N, K]; None
         where the data has no lesions.
     findings: [N, K, R], label k found in region r.
     prior: [K, d, h, w], the organ prior that was measured, NaN for labels without one.
@@ -54,7 +53,7 @@ class Predictions(NamedTuple):
     logits: Float[np.ndarray, "N K"]
     labels: Bool[np.ndarray, "N K"]
     organ_iou: dict[str, Float[np.ndarray, "N K T"]]
-    lesions: Mapping[str, dict[str, np.ndarray]] = MappingProxyType({})
+    lesions: dict[str, dict[str, np.ndarray]] | None = None
     findings: np.ndarray | None = None
     prior: np.ndarray | None = None
 
@@ -115,6 +114,7 @@ def evaluate(
         ValueError: patients of another length.
     """
     count, num_labels = test.labels.shape
+    lesions = {} if test.lesions is None or validation.lesions is None else test.lesions
     if patients is not None and len(patients) != count:
         raise ValueError(f"patients has {len(patients)} entries for {count} volumes: give one each")
     probabilities = expit(test.logits.astype(np.float64))
@@ -131,8 +131,9 @@ def evaluate(
 
     for name, iou_NKT in test.organ_iou.items():
         rows[name] = at_best(name, validation.organ_iou[name], iou_NKT)
-    for name, of_map in test.lesions.items():
-        iou = at_best((name, "iou"), validation.lesions[name]["iou"], of_map["iou"])
+    for name, of_map in lesions.items():
+        known = (validation.lesions or {})[name]["iou"]
+        iou = at_best((name, "iou"), known, of_map["iou"])
         dice = {"dice": _dice(iou), "otsu_dice": _dice(of_map["otsu_iou"])}
         rows |= {(name, key): v for key, v in {**of_map, "iou": iou, **dice}.items()}
 
@@ -200,11 +201,11 @@ def evaluate(
         },
         "lesions": {
             name: {key: measure((name, key)) for key in [*of_map, "dice", "otsu_dice"]}
-            for name, of_map in test.lesions.items()
+            for name, of_map in lesions.items()
         }
         or None,
     }
-    for name in test.lesions:
+    for name in lesions:
         result["lesions"][name]["iou"]["thresholds"] = thresholds[name, "iou"]
     if test.findings is not None and regions:
         of_regions = iter(columns[len(order) * num_labels :])

@@ -211,7 +211,7 @@ def test_volumes_of_a_patient_are_drawn_together():
     """Every volume twice: intervals as of the single ones, not narrower."""
     validation, test = predictions(0), predictions(1)
     alone = evaluate(("a", "b", "c"), validation, test, resamples=50)
-    twice = jax.tree.map(lambda x: np.concatenate([x, x]), test._replace(findings=None))
+    twice = jax.tree.map(lambda x: np.concatenate([x, x]), test)
     patients = [f"p{i:02d}" for i in range(40)] * 2
     together = evaluate(("a", "b", "c"), validation, twice, resamples=50, patients=patients)
     assert (together["volumes"], together["patients"]) == (80, 40)

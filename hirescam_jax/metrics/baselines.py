@@ -60,16 +60,27 @@ def centre_blob(shape: Sequence[int], width: float = 0.25) -> Float[Array, "B K 
 
 
 def random_maps(
-    shape: Sequence[int], seed: int = 0, index: Int[Array | np.ndarray, "B"] | None = None
+    shape: Sequence[int],
+    seed: int = 0,
+    index: Int[Array | np.ndarray, "B"] | None = None,
+    labels: Int[Array | np.ndarray, "B K"] | None = None,
 ) -> Float[Array, "B K *grid"]:
     """Independent uniform values in [0, 1).
 
+    A map is a function of the seed and of its numbers, however volumes and labels are batched.
+
     Args:
         shape: (B, K, *grid).
-        seed: the maps are a function of it and of `index`.
-        index: a number for each volume, 0 to B - 1 by default: the maps do not depend on how the
-            volumes are batched.
+        index: a number for each volume; 0 to B - 1 by default.
+        labels: a number for each of its maps; 0 to K - 1 by default.
     """
-    numbers = jnp.arange(shape[0]) if index is None else jnp.asarray(index)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
-    return jax.vmap(lambda key: jax.random.uniform(key, tuple(shape[1:])))(keys)
+    batch, count, *grid = shape
+    index = jnp.arange(batch) if index is None else jnp.asarray(index)
+    if labels is None:
+        labels = jnp.broadcast_to(jnp.arange(count), (batch, count))
+
+    def one(number: Array, label: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), label)
+        return jax.random.uniform(key, tuple(grid))
+
+    return jax.vmap(jax.vmap(one, (None, 0)))(index, jnp.asarray(labels))

@@ -215,10 +215,9 @@ def rank_accuracy(
 
 @jax.jit
 def _rank_accuracy(maps: Array, inside: Array, counted: Array) -> Array:
-    maps = jnp.where(counted, maps, -jnp.inf)
+    falling, _ = _falling(maps, inside, counted)
     size = inside.sum(-1, keepdims=True)
-    strongest = jnp.flip(jnp.sort(maps, axis=-1), -1)
-    last = jnp.take_along_axis(strongest, jnp.maximum(size - 1, 0), axis=-1)
+    last = -jnp.take_along_axis(falling, jnp.maximum(size - 1, 0), axis=-1)
     above, ties = (maps > last) & counted, (maps == last) & counted
     share = (size[..., 0] - above.sum(-1)) / jnp.maximum(ties.sum(-1), 1)
     hits = (above & inside).sum(-1) + share * (ties & inside).sum(-1)
@@ -239,17 +238,25 @@ def map_average_precision(
 
 @jax.jit
 def _average_precision(maps: Array, inside: Array, counted: Array) -> Array:
-    def of_one(values: Array, inside: Array, counted: Array) -> Array:
-        falling = jnp.where(counted, -values, jnp.inf)  # what is void comes last
-        order = jnp.argsort(falling)
-        falling, inside = falling[order], inside[order]
-        hits = jnp.cumsum(inside)
-        end = jnp.searchsorted(falling, falling, side="right") - 1  # of the run of equal values
-        precision = hits[end] / (end + 1)
-        total = jnp.where(inside, precision, 0).sum()
-        return jnp.where(hits[-1] > 0, total / jnp.maximum(hits[-1], 1), jnp.nan)
+    falling, inside = _falling(maps, inside, counted)
+    hits = jnp.cumsum(inside, axis=-1)
+    # Within a run of equal values the precision that counts is the one at its end.
+    places = jnp.arange(maps.shape[-1])
+    changes = falling[..., 1:] != falling[..., :-1]
+    ends = jnp.where(changes, places[:-1], maps.shape[-1] - 1)
+    ends = jnp.concatenate([ends, jnp.full_like(ends[..., :1], maps.shape[-1] - 1)], axis=-1)
+    end = jax.lax.cummin(ends, axis=ends.ndim - 1, reverse=True)
+    precision = jnp.take_along_axis(hits, end, axis=-1) / (end + 1)
+    found = hits[..., -1]
+    total = jnp.where(inside, precision, 0).sum(-1)
+    return jnp.where(found > 0, total / jnp.maximum(found, 1), jnp.nan)
 
-    return jax.vmap(jax.vmap(of_one))(maps, inside, counted)
+
+def _falling(maps: Array, inside: Array, counted: Array) -> tuple[Array, Array]:
+    """The negative values from the strongest on, what is void behind, and which lie inside."""
+    keys = jnp.where(counted, -maps, jnp.inf)
+    falling, inside = jax.lax.sort((keys, inside), num_keys=1)
+    return falling, inside
 
 
 def _namespace(*arrays: Any) -> Any:
