@@ -82,58 +82,51 @@ def predict_step(
 
 
 def baseline_maps(
-    prior: Array, index: Array | np.ndarray, labels: Array | np.ndarray
-) -> dict[str, Array]:
+    prior: np.ndarray, index: np.ndarray, labels: np.ndarray
+) -> dict[str, np.ndarray]:
     """Maps that no model made, like `prior` [B, L, d, h, w], of volumes with these numbers [B] in
     their split and of labels [B, L]."""
     return {
-        "organ_prior": prior,
+        "organ_prior": prior.astype(np.float32),
         "centre_blob": centre_blob(prior.shape),
         "random": random_maps(prior.shape, index=index, labels=labels),
     }
 
 
 @jax.jit
-def pairs_step(
-    pairs: Any, prior: Any, findings: Any, regions: Any, lesions: Any, maps: Any
-) -> dict[str, Array]:
-    """The measures that the model's pass did not make, of pairs of a volume and a label that it has.
+def pairs_step(findings: Any, regions: Any, lesions: Any, baselines: Any, maps: Any) -> Any:
+    """What the model's pass did not measure, of P pairs of a volume and a label that it has.
 
     Args:
-        pairs: [P, 2], number of the volume and of the label.
-        prior: [P, 1, d, h, w]; findings: [P, 1, R]; regions: [P, R, d, h, w].
-        lesions: [P, 1, d, h, w] or None; maps: [P, M, d, h, w], of the model's methods.
+        findings: [P, 1, R]; regions: [P, R, d, h, w]; lesions: [P, 1, d, h, w] or None.
+        baselines: [P, 3, d, h, w], NaN where one is missing; maps: [P, M, d, h, w], the model's.
 
     Returns:
-        "organ_iou" [P, 3, T] of the baselines; with lesions also IoU with them [P, M + 3, T], at
-        the same thresholds and at Otsu's, and where the evidence lies [P, M + 3].
+        "organ_iou" [P, 3, T] of the baselines; with lesions also IoU with them [P, M + 3, T] at
+        the same thresholds and [P, M + 3] at Otsu's, and where the evidence lies [P, M + 3].
     """
-    known = ~jnp.isnan(prior).any(axis=(1, 2, 3, 4))
-    index, labels = pairs[:, 0], pairs[:, 1:]
-    baselines = list(baseline_maps(jnp.nan_to_num(prior), index, labels).values())
-    baselines = jnp.concatenate(baselines, axis=1)
+
+    def of_known(maps: Array, value: Array) -> Array:
+        missing = jnp.isnan(maps).any(axis=(2, 3, 4))
+        return jnp.where(missing.reshape(*missing.shape, *[1] * (value.ndim - 2)), jnp.nan, value)
+
     allowed = jnp.broadcast_to(allowed_of(findings, regions), baselines.shape)
-    shown = normalize_map(baselines)
-    measures = {"organ_iou": organ_iou(shown, allowed, ORGAN_IOU_THRESHOLDS)}
-    if lesions is not None:
-        maps = jnp.concatenate([maps, baselines], axis=1)
-        lesions = jnp.broadcast_to(lesions, maps.shape)
-        shown = normalize_map(maps)
-        measures |= {
-            "iou": overlap(shown, lesions, ORGAN_IOU_THRESHOLDS).iou,
-            "otsu_iou": overlap(shown, lesions, otsu_threshold(shown)[..., None]).iou[..., 0],
-            "pointing": pointing_game(maps, lesions),
-            "energy": energy_inside(maps, lesions),
-            "rank_accuracy": rank_accuracy(maps, lesions),
-            "average_precision": map_average_precision(maps, lesions),
-        }
-
-    def of_known(value: Array) -> Array:  # the prior's is the first of the baselines
-        row = value.shape[1] - len(BASELINES)
-        missing = ~known.reshape(-1, *[1] * (value.ndim - 2))
-        return value.at[:, row].set(jnp.where(missing, jnp.nan, value[:, row]))
-
-    return jax.tree.map(of_known, measures)
+    iou = organ_iou(normalize_map(baselines), allowed, ORGAN_IOU_THRESHOLDS)
+    measures = {"organ_iou": of_known(baselines, iou)}
+    if lesions is None:
+        return measures
+    maps = jnp.concatenate([maps, baselines], axis=1)
+    lesions = jnp.broadcast_to(lesions, maps.shape)
+    shown = normalize_map(maps)
+    against_lesions = {
+        "iou": overlap(shown, lesions, ORGAN_IOU_THRESHOLDS).iou,
+        "otsu_iou": overlap(shown, lesions, otsu_threshold(shown)[..., None]).iou[..., 0],
+        "pointing": pointing_game(maps, lesions),
+        "energy": energy_inside(maps, lesions),
+        "rank_accuracy": rank_accuracy(maps, lesions),
+        "average_precision": map_average_precision(maps, lesions),
+    }
+    return measures | {name: of_known(maps, value) for name, value in against_lesions.items()}
 
 
 def explain_step(
@@ -188,7 +181,8 @@ def predict(
     config = run.config
     layout = open_layout(config, tuple(source.shape), evaluation=True)
     variables = sharding.replicate(run.variables, layout.mesh)
-    step = _predict_program(config, layout)
+    # Of the config only what the maps depend on: runs that differ in their training share it.
+    step = _predict_program(Config(config.model, preprocess=config.preprocess), layout)
     results, maps = [], []
     batches = eval_batches(source, layout.share, workers=config.workers)
     for first in progress(range(0, len(source), layout.batch_size), title, "batch"):
@@ -226,8 +220,10 @@ def predict(
         lesions = own = None
         if maps is not None:
             lesions, own = masks("lesions", n)[np.arange(size), k][:, None], maps[some]
-        inputs = prior[k][:, None], findings[n, k][:, None], masks("regions", n), lesions, own
-        measured.append(jax.device_get(pairs_step(pairs[some], *inputs)))
+        baselines = baseline_maps(prior[k][:, None], n, k[:, None])
+        baselines = np.concatenate([*baselines.values()], axis=1)
+        inputs = findings[n, k][:, None], masks("regions", n), lesions, baselines, own
+        measured.append(jax.device_get(pairs_step(*inputs)))
     of_pairs = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(pairs)], *measured)
 
     def of_all(values: np.ndarray) -> np.ndarray:

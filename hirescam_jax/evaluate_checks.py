@@ -91,7 +91,8 @@ def faithfulness(run: Run, source: Source, prior: np.ndarray, count: int) -> dic
         batch = make_batch(source, [index])
         volume = run.normalize(jnp.asarray(batch["volume"]))
         maps = maps_of(variables, volume)
-        maps |= baseline_maps(jnp.asarray(prior)[None], np.array([index]), numbers)
+        baselines = baseline_maps(prior[None], np.array([index]), numbers)
+        maps |= {name: jnp.asarray(of_labels) for name, of_labels in baselines.items()}
         for label in np.flatnonzero(batch["findings"][0].any(axis=-1)):
             volumes.append(index)
             for name, maps_BK in maps.items():

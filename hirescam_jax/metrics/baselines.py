@@ -7,8 +7,6 @@ above for what "looks at the right organ" can mean, not a competitor.
 
 from collections.abc import Iterable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -44,7 +42,7 @@ def organ_prior(
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def centre_blob(shape: Sequence[int], width: float = 0.25) -> Float[Array, "B K *grid"]:
+def centre_blob(shape: Sequence[int], width: float = 0.25) -> Float[np.ndarray, "B K *grid"]:
     """A Gaussian at the centre of the grid, the same for all.
 
     Args:
@@ -52,19 +50,19 @@ def centre_blob(shape: Sequence[int], width: float = 0.25) -> Float[Array, "B K 
         width: standard deviation, as a part of each axis.
     """
     grid = tuple(shape[2:])
-    exponent = jnp.zeros(grid)
+    exponent = np.zeros(grid)
     for axis, size in enumerate(grid):
-        place = ((jnp.arange(size) + 0.5) / size - 0.5) / width
+        place = ((np.arange(size) + 0.5) / size - 0.5) / width
         exponent += place.reshape([-1 if i == axis else 1 for i in range(len(grid))]) ** 2
-    return jnp.broadcast_to(jnp.exp(-exponent / 2), tuple(shape))
+    return np.broadcast_to(np.exp(-exponent / 2).astype(np.float32), tuple(shape))
 
 
 def random_maps(
     shape: Sequence[int],
     seed: int = 0,
-    index: Int[Array | np.ndarray, "B"] | None = None,
-    labels: Int[Array | np.ndarray, "B K"] | None = None,
-) -> Float[Array, "B K *grid"]:
+    index: Sequence[int] | np.ndarray | None = None,
+    labels: Int[np.ndarray, "B K"] | None = None,
+) -> Float[np.ndarray, "B K *grid"]:
     """Independent uniform values in [0, 1).
 
     A map is a function of the seed and of its numbers, however volumes and labels are batched.
@@ -75,12 +73,11 @@ def random_maps(
         labels: a number for each of its maps; 0 to K - 1 by default.
     """
     batch, count, *grid = shape
-    index = jnp.arange(batch) if index is None else jnp.asarray(index)
+    index = np.arange(batch) if index is None else np.asarray(index)
     if labels is None:
-        labels = jnp.broadcast_to(jnp.arange(count), (batch, count))
-
-    def one(number: Array, label: Array) -> Array:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), label)
-        return jax.random.uniform(key, tuple(grid))
-
-    return jax.vmap(jax.vmap(one, (None, 0)))(index, jnp.asarray(labels))
+        labels = np.broadcast_to(np.arange(count), (batch, count))
+    maps = np.empty(tuple(shape), np.float32)
+    for b, k in np.ndindex(batch, count):
+        rng = np.random.default_rng((seed, int(index[b]), int(labels[b, k])))
+        maps[b, k] = rng.random(grid, np.float32)
+    return maps
