@@ -134,34 +134,46 @@ def evaluate(
     out: Path | None = None,
     checkpoint: Literal["best", "latest"] = "best",
     depth_devices: int | None = None,
+    faithfulness: int = 0,
+    sanity: int = 0,
 ) -> None:
-    """Measure a run on its test split: AUROC, average precision, OrganIoU of both map methods.
+    """Measure a run on its test split: AUROC, average precision, calibration, and its maps against
+    organs and lesions, beside maps that no model made.
 
     Args:
         run: folder of a run.
         out: the JSON file; default evaluation.json in the run's folder.
         checkpoint: which weights.
         depth_devices: devices that share a volume; default as in training.
+        faithfulness: insertion, deletion and ROAD on so many test volumes; a minute for a few.
+        sanity: randomise the layers one after the other, with the maps of so many test volumes;
+            also a picture beside the JSON file.
     """
     import json
 
-    from hirescam_jax import distributed
+    from hirescam_jax import distributed, evaluate_checks
     from hirescam_jax.checkpoint import load_run
     from hirescam_jax.evaluate import evaluate_run, table
     from hirescam_jax.files import atomic_file
     from hirescam_jax.train import open_data
 
     opened = load_run(run, checkpoint).on_mesh(depth_devices)
-    splits = [open_data(opened.config, split) for split in ("val", "test")]
+    splits = [open_data(opened.config, split, with_lesions=True) for split in ("val", "test")]
     sizes = {name: len(split) for name, split in zip(("val", "test"), splits, strict=True)}
     distributed.agree({**opened.header.facts(**sizes), "step": str(opened.step)})
-    result = evaluate_run(opened, *splits)
+    result = evaluate_run(opened, *splits, faithfulness=faithfulness, sanity=sanity)
     target = out or run / "evaluation.json"
 
     def write() -> None:
         with atomic_file(target) as temporary:
             temporary.write_text(json.dumps({"step": opened.step, **result}, indent=2))
         print(table(result))
+        if faithfulness:
+            print(f"\n{evaluate_checks.faithfulness_table(result['faithfulness'])}")
+        if sanity:
+            picture = target.with_name(f"{target.stem}_sanity.png")
+            evaluate_checks.save_sanity_picture(picture, result["sanity"])
+            print(picture)
         print(target)
 
     distributed.on_first(write)
@@ -249,7 +261,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
   prepare    turn CT volumes and labels into a store for training
   inspect    summarise a store
   train      train a model from a config
-  evaluate   measure a run: AUROC, average precision, OrganIoU
+  evaluate   measure a run: predictions, calibration, maps against organs and lesions
   explain    explain CT volumes (NIfTI), or a store, with a run
   convert    PyTorch weights to a run folder, or a run to PyTorch weights
   phantom    write phantom CTs as NIfTI

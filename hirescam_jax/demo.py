@@ -72,7 +72,7 @@ def demo(out: Path, config: Config | None = None) -> dict[str, Any]:
     """
     config = config or demo_config()
     start = time.perf_counter()
-    opened = {split: open_data(config, split) for split in ("train", "val", "test")}
+    opened = {s: open_data(config, s, with_lesions=s != "train") for s in ("train", "val", "test")}
     try:
         out.mkdir(parents=True)
     except FileExistsError as error:
@@ -85,8 +85,9 @@ def demo(out: Path, config: Config | None = None) -> dict[str, Any]:
         variant = dataclasses.replace(config, mask_weight=weight)
         runs[name] = train(variant, out / name, sources=(sources["train"], sources["val"]))
         validation = predict(runs[name], sources["val"], "validation split")
-        test = predict(runs[name], sources["test"], "test split")
-        evaluations[name] = evaluate(runs[name].labels, validation, test)
+        test = predict(runs[name], sources["test"], "test split", validation.prior)
+        regions = runs[name].header.regions
+        evaluations[name] = evaluate(runs[name].labels, validation, test, regions=regions)
     metrics = summary(evaluations)
     metrics["seconds"] = round(time.perf_counter() - start, 1)
     with atomic_file(out / "metrics.json") as temporary:

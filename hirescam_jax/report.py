@@ -19,6 +19,7 @@ from hirescam_jax.checkpoint import Run
 from hirescam_jax.data.phantom import Phantom, PhantomCase, PhantomConfig
 from hirescam_jax.files import atomic_file
 from hirescam_jax.pictures import METHOD_NAMES, WINDOW_HU, overlay_colors
+from hirescam_jax.summary import MAP_NAMES
 
 TITLES = {"baseline": "without mask loss", "mask_loss": "with mask loss"}
 COLORS = {"baseline": "#8a8f98", "mask_loss": "#0b6e99"}
@@ -45,6 +46,7 @@ def write_report(path: Path, comparison: Comparison, examples: int = 6) -> None:
         metrics=comparison.metrics,
         titles=TITLES,
         rows=_rows(comparison.evaluations),
+        maps=_map_rows(comparison.evaluations),
         summary=comparison.evaluations,
         curves=_svg(_curves(comparison.runs)),
         bars=_svg(_bars(comparison.evaluations)),
@@ -81,6 +83,18 @@ def _rows(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                 "hirescam": [e["organ_iou"]["hirescam"]["labels"][label] for e in (before, after)],
             }
         )
+    return rows
+
+
+def _map_rows(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a map, those that no model made too: means over labels of both trainings."""
+    before, after = evaluations.values()
+    rows = []
+    for name, title in MAP_NAMES.items():
+        measures = [[e["organ_iou"][name]["mean"] for e in (before, after)]]
+        for key in ("pointing", "energy", "iou"):
+            measures.append([e["lesions"][name][key]["mean"] for e in (before, after)])
+        rows.append({"title": title, "of_model": name in METHOD_NAMES, "measures": measures})
     return rows
 
 

@@ -28,6 +28,7 @@ WHOLE = PartitionSpec()  # on every device
 SPECS = {
     "volume": PartitionSpec(DATA, DEPTH),
     "regions": PartitionSpec(DATA, None, DEPTH),
+    "lesions": PartitionSpec(DATA, None, DEPTH),
     "findings": PartitionSpec(DATA),
     "index": PartitionSpec(DATA),
     "weight": PartitionSpec(DATA),
@@ -184,7 +185,9 @@ class Share:
         if self.slices is None or self.cells is None:
             return item
         volume = _padded_range(np.asarray(item["volume"]), *self.slices, axis=0)
-        return {**item, "volume": volume, "regions": self.cut_regions(np.asarray(item["regions"]))}
+        masks = {n: np.asarray(item[n]) for n in ("regions", "lesions") if n in item}
+        masks = {name: self.cut_regions(mask) for name, mask in masks.items()}
+        return {**item, "volume": volume, **masks}
 
     def cut_regions(self, regions: np.ndarray) -> np.ndarray:
         """Masks [..., d, h, w] of a whole volume -> those of the process's cells."""
@@ -282,7 +285,7 @@ class Layout:
         shape = [self.batch_size, *value.shape[1:]]
         if name == "volume":
             shape[1] = self.padded_shape[0]
-        elif name == "regions":
+        elif name in ("regions", "lesions"):
             shape[2] = self.padded_cells
         sharding = NamedSharding(self.mesh, SPECS[name])
         return jax.make_array_from_process_local_data(sharding, value, tuple(shape))

@@ -159,7 +159,7 @@ def tables(evaluations: dict[str, Any], split: str = "test") -> dict[str, Table]
             tuple(((name,), cells(e, "mean", None)) for name, e in evaluations.items()),
         )
     }
-    for title, part, row in (("labels", "labels", "label"), ("organs", "organs", "organ")):
+    for title, part, row in (("labels", "labels", "label"), ("organs", "regions", "organ")):
         rows = tuple(
             ((key, name), cells(e, part, key))
             for key in keys(part)

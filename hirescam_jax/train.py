@@ -32,10 +32,12 @@ from hirescam_jax.watch import Trace, Watch
 from hirescam_jax.weights import start_weights
 
 
-def open_data(config: Config, split: str) -> Source:
-    """A split of the config's data with its masks on the feature grid of the config's model."""
+def open_data(config: Config, split: str, with_lesions: bool = False) -> Source:
+    """A split of the config's data with its masks on the feature grid of the config's model; with
+    the lesions themselves where the data has them, if they are asked for."""
     shape = open_split(config.data, split, (1, 1, 1)).shape
-    return open_split(config.data, split, feature_grid(config.model, shape), config.labels)
+    grid = feature_grid(config.model, shape)
+    return open_split(config.data, split, grid, config.labels, with_lesions)
 
 
 def train(

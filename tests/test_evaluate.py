@@ -19,8 +19,17 @@ from hirescam_jax.evaluate import (
     predict,
     table,
 )
-from hirescam_jax.metrics import ORGAN_IOU_THRESHOLDS
+from hirescam_jax.evaluate_checks import faithfulness_table, save_sanity_picture
+from hirescam_jax.metrics import (
+    ORGAN_IOU_THRESHOLDS,
+    brier_score,
+    delong,
+    expected_calibration_error,
+    organ_iou,
+    random_maps,
+)
 from hirescam_jax.models import AxialNet
+from hirescam_jax.summary import LESION_MEASURES, MAP_NAMES, label_table
 
 T = len(ORGAN_IOU_THRESHOLDS)
 
@@ -127,12 +136,102 @@ def test_split_without_any_finding():
     assert "n/a" in table(result)
 
 
+def with_everything(seed: int, **columns) -> Predictions:
+    """`predictions` with findings in two regions, and measures against lesions."""
+    split = predictions(seed, **columns)
+    rng = np.random.default_rng(seed + 100)
+    findings = (rng.random((40, 3, 2)) < 0.6) | (np.arange(2) == rng.integers(2, size=(40, 3, 1)))
+    findings &= split.labels[..., None]
+    absent = np.where(split.labels, 1.0, np.nan)
+    lesions = {}
+    for name in split.organ_iou:
+        of_map = {key: rng.random((40, 3)) * absent for key in ("otsu_iou", "energy")}
+        lesions[name] = {"iou": rng.random((40, 3, T)) * absent[..., None], **of_map}
+        lesions[name] |= {key: of_map["energy"] for key in LESION_MEASURES if "dice" not in key}
+        lesions[name]["iou"] = rng.random((40, 3, T)) * absent[..., None]
+    return split._replace(findings=findings.astype(np.uint8), lesions=lesions)
+
+
+def test_lesions_and_organs_by_hand():
+    validation, test = with_everything(0), with_everything(1)
+    result = evaluate(("a", "b", "c"), validation, test, resamples=30, regions=("left", "right"))
+    for name in ("hirescam", "gradcam"):
+        lesions = result["lesions"][name]
+        for k, label in enumerate("abc"):
+            present = test.labels[:, k]
+            chosen = np.nanmean(validation.lesions[name]["iou"][:, k], axis=0).argmax()
+            assert lesions["iou"]["thresholds"][label] == ORGAN_IOU_THRESHOLDS[chosen]
+            iou = test.lesions[name]["iou"][present, k, chosen]
+            assert lesions["iou"]["labels"][label]["value"] == pytest.approx(iou.mean())
+            dice = 2 * iou / (1 + iou)
+            assert lesions["dice"]["labels"][label]["value"] == pytest.approx(dice.mean())
+            energy = test.lesions[name]["energy"][present, k].mean()
+            assert lesions["energy"]["labels"][label]["value"] == pytest.approx(energy)
+        chosen = choose_thresholds(validation)[name]
+        for r, region in enumerate(("left", "right")):
+            pairs = np.argwhere(test.findings[:, :, r])
+            found = result["organ_iou"][name]["regions"][region]
+            values = [test.organ_iou[name][n, k, chosen[k]] for n, k in pairs]
+            assert found["pairs"] == len(pairs)
+            assert found["value"] == pytest.approx(np.mean(values))
+            assert found["low"] < found["value"] < found["high"]
+    assert "NaN" not in json.dumps(result, allow_nan=False)
+
+
+def test_calibration_is_that_of_the_measures():
+    test = predictions(1, b=False)
+    result = evaluate(("a", "b", "c"), predictions(0), test, resamples=30)["calibration"]
+    assert result["expected_calibration_error"]["defined"] == result["brier"]["defined"] == 2
+    assert result["brier"]["labels"]["b"]["value"] is None
+    for k, label in ((0, "a"), (2, "c")):
+        probabilities = 1 / (1 + np.exp(-test.logits[:, k]))
+        error = expected_calibration_error(probabilities, test.labels[:, k], result["bins"])
+        found = result["expected_calibration_error"]["labels"][label]["value"]
+        assert found == pytest.approx(error)
+        brier = brier_score(probabilities, test.labels[:, k])
+        assert result["brier"]["labels"][label]["value"] == pytest.approx(brier)
+        assert sum(result["reliability"][label]["count"]) == 40
+
+
+def test_delongs_intervals_stand_beside_the_bootstraps():
+    test = predictions(1, b=False)
+    result = evaluate(("a", "b", "c"), predictions(0), test, resamples=400)["auroc"]
+    assert set(result["delong"]["b"].values()) == {None}
+    for k, label in ((0, "a"), (2, "c")):
+        one = delong(test.logits[None, :, k], test.labels[:, k])
+        found = result["delong"][label]
+        assert found["standard_error"] == pytest.approx(one.covariance[0, 0] ** 0.5)
+        # Two estimates of one interval.
+        bootstrapped = result["labels"][label]
+        width = bootstrapped["high"] - bootstrapped["low"]
+        assert found["high"] - found["low"] == pytest.approx(width, rel=0.25)
+
+
+def test_volumes_of_a_patient_are_drawn_together():
+    """Every volume twice: intervals as of the single ones, not narrower."""
+    validation, test = predictions(0), predictions(1)
+    alone = evaluate(("a", "b", "c"), validation, test, resamples=50)
+    twice = jax.tree.map(lambda x: np.concatenate([x, x]), test)
+    patients = [f"p{i:02d}" for i in range(40)] * 2
+    together = evaluate(("a", "b", "c"), validation, twice, resamples=50, patients=patients)
+    assert (together["volumes"], together["patients"]) == (80, 40)
+    for key in ("auroc", "average_precision"):
+        for found, expected in zip(
+            jax.tree.leaves(together[key]["labels"]),
+            jax.tree.leaves(alone[key]["labels"]),
+            strict=True,
+        ):
+            assert found == pytest.approx(expected)
+    with pytest.raises(ValueError, match="39 entries for 40 volumes"):
+        evaluate(("a", "b", "c"), validation, test, patients=patients[:39])
+
+
 # -- the table ------------------------------------------------------------------------------------
 
 
-def test_table():
+def test_table_of_labels():
     result = evaluate(("a", "b", "c"), predictions(0), predictions(1, b=False), resamples=30)
-    header, rule, *rows = table(result).splitlines()
+    header, rule, *rows = label_table(result).splitlines()
     assert re.split(r" {2,}", header.strip()) == [
         "AUROC",
         "AP",
@@ -140,7 +239,8 @@ def test_table():
         "OrganIoU gradcam",
     ]
     assert set(rule) == {"-"}
-    assert [row.split()[0] for row in rows] == ["mean", "a", "b", "c"]
+    assert rows[0].startswith("mean of 2 of 3 labels  ")
+    assert [row.split()[0] for row in rows[1:]] == ["a", "b", "c"]
     assert rows[2].split() == ["b", "n/a", "n/a", "n/a", "n/a"]
     a = result["auroc"]["labels"]["a"]
     assert rows[1].split()[1:4] == [
@@ -149,6 +249,27 @@ def test_table():
         f"{a['high']:.3f}]",
     ]
     assert max(map(len, (header, *rows))) == len(rule)
+    assert table(result).startswith(label_table(result))
+
+
+def test_means_over_other_numbers_of_labels_say_so():
+    result = evaluate(("a", "b", "c"), predictions(0), predictions(1, c=True), resamples=30)
+    rows = label_table(result).splitlines()[2:]
+    assert rows[0].split()[0] == "mean"
+    assert re.split(r" {2,}", rows[1]) == ["of", *["2 of 3 labels"], *["3 of 3 labels"] * 3]
+
+
+def test_table_of_maps_and_of_organs():
+    splits = with_everything(0), with_everything(1, b=False)
+    result = evaluate(("a", "b", "c"), *splits, resamples=30, regions=("left", "right"))
+    text = table(result)
+    line = next(line for line in text.splitlines() if line.startswith("HiResCAM"))
+    assert line.startswith("HiResCAM (2 of 3 labels)")
+    energy = result["lesions"]["hirescam"]["energy"]["mean"]["value"]
+    assert line.split()[-3] == f"{energy:.3f}"
+    left = next(line for line in text.splitlines() if line.startswith("left"))
+    assert int(left.split()[1]) == result["organ_iou"]["hirescam"]["regions"]["left"]["pairs"]
+    assert "bootstrap intervals over 40 patients (40 volumes)" in text
 
 
 # -- a whole run ----------------------------------------------------------------------------------
@@ -169,6 +290,7 @@ class Cases:
             "volume": rng.integers(-1000, 800, self.shape).astype(np.int16),
             "findings": (rng.random((3, 2)) < 0.4).astype(np.uint8),
             "regions": (rng.random((2, 2, 4, 4)) < 0.5).astype(np.uint8),
+            "lesions": (rng.random((3, 2, 4, 4)) < 0.2).astype(np.uint8),
             "index": np.int32(index),
         }
 
@@ -206,6 +328,7 @@ def test_predictions_by_hand(run):
                 assert np.isnan(iou["gradcam"]).all()
                 continue
             allowed = item["regions"][item["findings"][k] > 0].any(0)
+            lesion = item["lesions"][k] > 0
             maps = {
                 "hirescam": np.einsum("shwc,hwc->shw", features, weights[..., k]),
                 "gradcam": features @ weights[..., k].mean((0, 1)),
@@ -217,6 +340,10 @@ def test_predictions_by_hand(run):
                     above = values > ORGAN_IOU_THRESHOLDS[t]
                     expected = above[allowed].sum() / max(above.sum(), 1)
                     assert iou[name][t] == pytest.approx(expected, abs=1e-6)
+                    either = (above | lesion).sum()
+                    expected = (above & lesion).sum() / either
+                    found = result.lesions[name]["iou"][i, k, t]
+                    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_evaluate_run_refuses_other_labels(run):
@@ -225,3 +352,65 @@ def test_evaluate_run_refuses_other_labels(run):
 
     with pytest.raises(UserError, match="trained on labels"):
         evaluate_run(run, Cases(), Others())
+
+
+def test_baselines_by_hand(run):
+    result = predict(run, Cases())
+    items = [Cases()[i] for i in range(5)]
+    allowed = np.array([(x["findings"] > 0) @ x["regions"].reshape(2, -1) > 0 for x in items])
+    allowed = allowed.reshape(5, 3, 2, 4, 4)
+    present = np.array([x["findings"].any(1) for x in items])
+    assert result.prior is not None
+    np.testing.assert_array_equal(result.findings, [x["findings"] for x in items])
+    for k in range(3):
+        if present[:, k].any():
+            with_label = allowed[:, k].any((1, 2, 3))
+            np.testing.assert_allclose(result.prior[k], allowed[with_label, k].mean(0), rtol=1e-6)
+    maps = random_maps((5, 3, 2, 4, 4))
+    maps = (maps - maps.min((2, 3, 4), keepdims=True)) / np.ptp(maps, (2, 3, 4), keepdims=True)
+    maps = jnp.asarray(maps)
+    expected = np.where(present[..., None], organ_iou(maps, allowed, ORGAN_IOU_THRESHOLDS), np.nan)
+    np.testing.assert_allclose(result.organ_iou["random"], expected, rtol=1e-5)
+    other = np.random.default_rng(0).random((3, 2, 4, 4))
+    other[1] = np.nan  # of a label that the other split has not
+    measured = predict(run, Cases(), prior=other).organ_iou["organ_prior"]
+    assert np.isnan(measured[:, 1]).all()
+    shown = (other - other.min((1, 2, 3), keepdims=True)) / np.ptp(other, (1, 2, 3), keepdims=True)
+    for n, k in np.argwhere(present & (np.arange(3) != 1)):
+        above = shown[k] > ORGAN_IOU_THRESHOLDS[20]
+        assert measured[n, k, 20] == pytest.approx((above & allowed[n, k]).sum() / above.sum())
+
+
+def test_checks_of_a_run(run, tmp_path):
+    """On random weights every map is a guess, but the exact one of an affine head is no bad one."""
+    result = evaluate_run(run, Cases(), Cases(), faithfulness=2, sanity=2)
+    faithful, sane = result["faithfulness"], result["sanity"]
+    items = [Cases()[i] for i in range(2)]
+    assert faithful["pairs"] == sum(int(x["findings"].any(1).sum()) for x in items)
+    assert list(faithful["methods"]) == list(MAP_NAMES)
+    for measures in faithful["methods"].values():
+        curve = measures["deletion_curve"]
+        assert measures["deletion"]["value"] == pytest.approx(np.trapezoid(curve, dx=1 / 16))
+        assert len(measures["road_most_first"]) == len(faithful["fractions"])
+        combined = np.subtract(measures["road_least_first"], measures["road_most_first"]).mean() / 2
+        assert measures["road"]["value"] == pytest.approx(combined, abs=1e-6)
+        assert 0 < measures["insertion"]["low"] <= measures["insertion"]["high"] < 1
+    curves = [m["deletion_curve"][0] for m in faithful["methods"].values()]
+    np.testing.assert_allclose(curves, curves[0], rtol=1e-5)  # the whole volume
+
+    assert sane["layers"][0] == "fc"
+    for of_method in sane["methods"].values():
+        assert {len(values) for values in of_method.values()} == {len(sane["layers"])}
+        assert all(abs(v) < 0.999 for v in of_method["spearman"] if v is not None)
+    assert "NaN" not in json.dumps(result, allow_nan=False)
+    save_sanity_picture(tmp_path / "sanity.png", sane)
+    assert (tmp_path / "sanity.png").read_bytes()[:4] == b"\x89PNG"
+    lines = faithfulness_table(faithful).splitlines()
+    assert [line.split("  ")[0] for line in lines[2:]] == list(MAP_NAMES.values())
+
+
+def test_checks_on_more_volumes_than_there_are(run):
+    with pytest.raises(UserError, match="--sanity 6: the test split has 5 volumes"):
+        evaluate_run(run, Cases(), Cases(), sanity=6)
+    with pytest.raises(UserError, match="--faithfulness -1"):
+        evaluate_run(run, Cases(), Cases(), faithfulness=-1)

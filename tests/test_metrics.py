@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from hirescam_jax.cam import normalize_map
 from hirescam_jax.metrics import (
@@ -11,10 +12,16 @@ from hirescam_jax.metrics import (
     auroc,
     average_precision,
     bootstrap,
+    brier_score,
+    delong,
+    delong_test,
     energy_inside,
+    expected_calibration_error,
     nan_mean,
     organ_iou,
     pointing_game,
+    predictions,
+    reliability,
 )
 
 GRIDS = [(9,), (5, 4), (4, 3, 2)]
@@ -212,3 +219,153 @@ def test_bootstrap_of_a_scalar():
     assert low < value == 2 < high
     undefined = bootstrap(lambda cases: np.full(len(cases), np.nan), 5, resamples=20)
     assert np.isnan(undefined).all()
+
+
+def test_bootstrap_of_groups_draws_whole_groups():
+    """Each case twice, in a group of its own: the same draws as of single cases."""
+    values = np.random.default_rng(0).normal(size=50)
+    alone = bootstrap(lambda c: values[c].mean(-1, keepdims=True), 50, resamples=300)
+    twice = np.repeat(values, 2)
+    order = np.random.default_rng(1).permutation(100)
+    groups = np.array([f"patient {i // 2:02d}" for i in order])
+    together = bootstrap(
+        lambda c: twice[order][c].mean(-1, keepdims=True), 100, resamples=300, groups=groups
+    )
+    np.testing.assert_allclose(together, alone, rtol=1e-12)
+    apart = bootstrap(lambda c: twice[c].mean(-1, keepdims=True), 100, resamples=300)
+    # Taken as 100 independent cases, the interval is too narrow by the root of two.
+    width = [float(high[0] - low[0]) for _, low, high in (together, apart)]
+    assert 1.2 < width[0] / width[1] < 1.65
+    with pytest.raises(ValueError, match="99 entries for 100 cases"):
+        bootstrap(lambda c: twice[c].mean(-1), 100, groups=groups[:99])
+
+
+def test_bootstrap_in_parts_is_the_same(monkeypatch):
+    values = np.random.default_rng(0).normal(size=30)
+    whole = bootstrap(lambda c: values[c].mean(-1), 30, resamples=100)
+    monkeypatch.setattr(predictions, "_DRAWN_AT_ONCE", 30 * 7)
+    assert bootstrap(lambda c: values[c].mean(-1), 30, resamples=100) == whole
+
+
+# -- DeLong ---------------------------------------------------------------------------------------
+
+
+def delong_by_pairs(scores, truth):
+    """The definition (DeLong et al. 1988): all pairs of a positive and a negative."""
+    psi = []
+    for row in scores:
+        x, y = row[truth][:, None], row[~truth][None, :]
+        psi.append((x > y) + 0.5 * (x == y))
+    psi = np.array(psi)
+    value, v10, v01 = psi.mean((1, 2)), psi.mean(2), psi.mean(1)
+    m, n = psi.shape[1:]
+    s10 = (v10 - value[:, None]) @ (v10 - value[:, None]).T / (m - 1)
+    s01 = (v01 - value[:, None]) @ (v01 - value[:, None]).T / (n - 1)
+    return value, s10 / m + s01 / n
+
+
+@pytest.mark.parametrize("levels", [None, 3], ids=["", "ties"])
+def test_delong_by_its_definition(levels):
+    rng = np.random.default_rng(0)
+    truth = rng.random(70) < 0.35
+    scores = rng.normal(size=(3, 70)) + 0.8 * truth + 0.7 * rng.normal(size=70)
+    if levels:
+        scores = np.round(scores * levels) / levels
+    found = delong(scores, truth)
+    value, covariance = delong_by_pairs(scores, truth)
+    np.testing.assert_allclose(found.value, value, rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, covariance, rtol=1e-10)
+    np.testing.assert_allclose(found.value, auroc(scores, np.tile(truth, (3, 1))), rtol=1e-12)
+    low, high = found.interval()
+    np.testing.assert_allclose(high - low, 2 * 1.959964 * np.sqrt(np.diag(covariance)), rtol=1e-6)
+    test = delong_test(scores[0], scores[1], truth)
+    variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+    np.testing.assert_allclose(test.z, (value[0] - value[1]) / np.sqrt(variance), rtol=1e-9)
+    np.testing.assert_allclose(test.p, 2 * stats.norm.sf(abs(test.z)), rtol=1e-9)
+
+
+def test_delong_by_hand():
+    """Positives 3 and 1, negatives 2 and 0: 3 of 4 pairs; V10 = 1, 1/2, V01 = 1/2, 1."""
+    found = delong(np.array([[3.0, 1, 2, 0]]), np.array([1, 1, 0, 0]))
+    np.testing.assert_allclose(found.value, [0.75])
+    np.testing.assert_allclose(found.covariance, [[0.125 / 2 + 0.125 / 2]])
+    low, high = found.interval()
+    assert (low, high) == (pytest.approx(0.75 - 1.959964 * 0.125**0.5), 1)
+
+
+def test_delong_variance_is_that_of_repeated_experiments():
+    rng = np.random.default_rng(0)
+    truth = np.arange(90) < 30
+    found = [delong((rng.normal(size=90) + truth)[None], truth) for _ in range(2000)]
+    values = np.array([one.value[0] for one in found])
+    expected = np.mean([one.covariance[0, 0] for one in found])
+    # The standard error of a variance of 2,000 draws is 3.2 %.
+    np.testing.assert_allclose(values.var(), expected, rtol=0.13)
+    true = stats.norm.cdf(1 / np.sqrt(2))
+    covered = [one.interval()[0][0] <= true <= one.interval()[1][0] for one in found]
+    assert 0.92 <= np.mean(covered) <= 0.97
+
+
+def test_delong_test_keeps_its_level_and_finds_a_difference():
+    rng = np.random.default_rng(0)
+    truth = np.arange(80) < 40
+    p = []
+    for _ in range(500):
+        common = rng.normal(size=80) + truth
+        p.append(delong_test(*(common + 0.6 * rng.normal(size=(2, 80))), truth).p)
+    assert abs(np.mean(np.array(p) < 0.05) - 0.05) < 3 * np.sqrt(0.05 * 0.95 / 500)
+    better = delong_test(truth + rng.normal(size=80) / 3, rng.normal(size=80), truth)
+    assert better.difference > 0.3
+    assert better.p < 1e-4
+
+
+def test_delong_where_it_is_not_defined():
+    scores = np.array([[0.1, 0.5, 0.9]])
+    assert np.isnan(delong(scores, np.zeros(3, bool)).value).all()
+    one = delong(scores, np.array([0, 0, 1], bool))
+    assert one.value == [1]
+    assert np.isnan(one.covariance).all()
+    assert delong_test(scores[0], scores[0] * 2, np.array([0, 1, 1], bool)).difference == 0
+    truth = np.arange(20) % 3 == 0
+    order = np.random.default_rng(0).normal(size=20)
+    assert delong_test(order, 5 * order, truth) == (0, 0, 1)
+    with pytest.raises(ValueError, match="must agree"):
+        delong(scores, np.zeros(4, bool))
+
+
+# -- calibration ----------------------------------------------------------------------------------
+
+
+def test_calibration_is_scikit_learns():
+    calibration = pytest.importorskip("sklearn.calibration")
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    probabilities = rng.beta(2, 3, size=300)
+    probabilities[:2] = 0, 1
+    truth = rng.random(300) < probabilities**2
+    table = reliability(probabilities, truth, bins=8)
+    frequency, mean = calibration.calibration_curve(truth, probabilities, n_bins=8)
+    full = table.counts > 0
+    np.testing.assert_allclose(table.frequency[full], frequency, rtol=1e-12)
+    np.testing.assert_allclose(table.probability[full], mean, rtol=1e-12)
+    assert table.counts.sum() == 300
+    error = expected_calibration_error(probabilities, truth, bins=8)
+    expected = np.sum(table.counts[full] * np.abs(frequency - mean)) / 300
+    np.testing.assert_allclose(error, expected, rtol=1e-12)
+    score = sklearn.brier_score_loss(truth, probabilities)
+    np.testing.assert_allclose(brier_score(probabilities, truth), score, rtol=1e-12)
+
+
+def test_calibration_in_closed_form():
+    probabilities = np.repeat([0.25, 0.75], 8)
+    truth = np.r_[np.arange(8) < 2, np.arange(8) < 6]
+    assert expected_calibration_error(probabilities, truth) == 0
+    assert expected_calibration_error(probabilities, ~truth) == 0.5
+    assert expected_calibration_error(np.ones(4), np.zeros(4, bool)) == 1
+    table = reliability(probabilities, truth, bins=4)
+    np.testing.assert_array_equal(table.counts, [0, 8, 0, 8])
+    np.testing.assert_array_equal(table.frequency, [np.nan, 0.25, np.nan, 0.75])
+    with pytest.raises(ValueError, match="sigmoid"):
+        reliability(np.array([0.5, 1.5]), np.array([True, False]))
+    with pytest.raises(ValueError, match="must agree"):
+        reliability(np.array([0.5]), np.array([True, False]))

@@ -30,7 +30,7 @@ def evaluation(auroc: float, iou: float) -> dict[str, Any]:
         "auroc": measure(auroc),
         "average_precision": measure(auroc / 2),
         "organ_iou": {
-            "hirescam": measure(iou, organs={"left_lung": interval(iou - 0.1)}),
+            "hirescam": measure(iou, regions={"left_lung": interval(iou - 0.1)}),
             "gradcam": measure(iou / 2),
         },
     }
@@ -64,7 +64,7 @@ def test_organs_where_an_evaluation_has_them():
     assert first["AUROC"] == ""
     without = copy.deepcopy(TWO)
     for one in without.values():
-        del one["organ_iou"]["hirescam"]["organs"]
+        del one["organ_iou"]["hirescam"]["regions"]
     assert set(tables(without)) == {"models", "labels"}
 
 

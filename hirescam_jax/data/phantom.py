@@ -201,6 +201,7 @@ class Phantom:
       size: number of patients.
       grid: (d, h, w), the feature grid.
       method, dilate: how the region masks come to it (`hirescam_jax.data.regions`).
+      with_lesions: give the lesions too, on the feature grid.
 
     Raises:
       ValueError: an unknown split, a negative size or seed, an empty grid, a confounding
@@ -218,6 +219,7 @@ class Phantom:
         grid: tuple[int, int, int],
         method: Method = "nearest",
         dilate: bool = False,
+        with_lesions: bool = False,
     ):
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
@@ -232,6 +234,7 @@ class Phantom:
         self.config, self.split, self.size, self.grid = config, split, size, grid
         self.method: Method = method
         self.dilate = dilate
+        self.with_lesions = with_lesions
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -261,24 +264,29 @@ class Phantom:
 
         Returns:
           volume int16 [D, H, W], HU; findings uint8 [K, R], 1 where label k is found in region r;
-          regions uint8 [R, d, h, w], 1 inside; index int32.
+          regions uint8 [R, d, h, w], 1 inside; index int32;
+          with `with_lesions` lesions uint8 [K, d, h, w], 1 in cells that hold a voxel of label k.
 
         Raises:
           IndexError: no such patient.
         """
         person = self.person(index)
-        volume, labels = render(person, self.config.shape, self.spacing_mm)
+        masks = np.zeros((len(LABELS), *self.config.shape), bool) if self.with_lesions else None
+        volume, labels = render(person, self.config.shape, self.spacing_mm, masks)
         if self.method == "nearest":  # few voxels are looked at: pick them first
             sizes = zip(self.config.shape, self.grid, strict=True)
             labels = labels[np.ix_(*(np.arange(o) * n // o for n, o in sizes))]
         numbers = np.arange(1, len(REGIONS) + 1)[:, None, None, None]
         regions = to_feature_grid(labels == numbers, self.grid, self.method, self.dilate)
-        return {
+        item = {
             "volume": volume,
             "findings": person.found,
             "regions": regions,
             "index": np.int32(index),
         }
+        if masks is not None:
+            item["lesions"] = cells_with_any(masks, self.grid)
+        return item
 
     def case(self, index) -> PhantomCase:
         """Patient `index` with everything that is known about it, at full resolution.
@@ -298,3 +306,12 @@ class Phantom:
         affine[0, 2], affine[1, 1], affine[2, 0], affine[3, 3] = -w, -h, -d, 1
         affine[:3, 3] = -affine[:3, :3] @ ((np.array(self.config.shape) - 1) / 2)
         return affine
+
+
+def cells_with_any(masks: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """Masks bool [K, D, H, W] -> uint8 [K, d, h, w], 1 in the cells that hold a voxel of the mask:
+    a small lesion is never lost."""
+    for axis, cells in enumerate(grid, start=1):
+        size = masks.shape[axis]
+        masks = np.logical_or.reduceat(masks, np.arange(cells) * size // cells, axis=axis)
+    return masks.astype(np.uint8)

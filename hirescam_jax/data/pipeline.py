@@ -26,7 +26,8 @@ Batch = dict[str, Any]
 @runtime_checkable
 class Source(Protocol):
     """A random-access split: item -> volume int16 [D, H, W], findings uint8 [K, R], regions uint8
-    [R, d, h, w] on the feature grid, and its own index.
+    [R, d, h, w] on the feature grid, and its own index; some also lesions uint8
+    [K, d, h, w].
 
     A source that has `read(index, volume_out, slices)` decodes its volumes, or some slices of them,
     straight into a batch."""
@@ -53,11 +54,13 @@ def open_split(
     split: str,
     grid: tuple[int, int, int],
     labels: tuple[str, ...] = (),
+    with_lesions: bool = False,
 ) -> Source:
     """One split ("train", "val" or "test") of a data set, its masks on the feature grid.
 
     Args:
         labels: keep these labels only, in this order; empty for all.
+        with_lesions: give the lesions too, on the feature grid, where the data set has them.
 
     Raises:
         UserError: as the readers do, or a label that the data set has not.
@@ -65,7 +68,9 @@ def open_split(
     size = getattr(data, f"{split}_size", 0)
     if isinstance(data, PhantomData):
         try:
-            source = Phantom(data.phantom, split, size, grid, data.mask_method, data.dilate)
+            source = Phantom(
+                data.phantom, split, size, grid, data.mask_method, data.dilate, with_lesions
+            )
         except ValueError as error:
             raise UserError(f"config.data: {error}") from error
     else:
@@ -96,7 +101,15 @@ class ChosenLabels:
         return self._chosen(_read_into(self.source, index, volume_out, bounds))
 
     def _chosen(self, item: Batch) -> Batch:
-        return {**item, "findings": item["findings"][self.rows]}
+        chosen = {name: item[name][self.rows] for name in ("findings", "lesions") if name in item}
+        return {**item, **chosen}
+
+
+def patients_of(source: Source) -> list[str] | None:
+    """The patient of each volume; None where a data set has one volume a patient."""
+    if isinstance(source, ChosenLabels):
+        return patients_of(source.source)
+    return source.patients() if isinstance(source, Store) else None
 
 
 class InMemory:
@@ -182,7 +195,8 @@ def make_batch(
     ]
     rest = {name: np.stack([item[name] for item in items]) for name in items[0]}
     if share is not None:
-        rest["regions"] = share.cut_regions(rest["regions"])
+        masks = {n: share.cut_regions(rest[n]) for n in ("regions", "lesions") if n in rest}
+        rest |= masks
     return {**rest, "volume": volumes}
 
 

@@ -175,6 +175,10 @@ class Store:
                         raise ValueError("the record ends early") from None
                     size *= 16
 
+    def patients(self) -> list[str]:
+        """The patient of each volume, from the heads of the records."""
+        return [str(self.head(index)[0]["patient"]) for index in range(len(self))]
+
     def affine(self, index: Any) -> Float[np.ndarray, "4 4"]:
         """Indices of a volume's [D, H, W] -> RAS millimetres of its scan."""
         return np.array(self.head(index)[0]["affine"], np.float64)

@@ -1,0 +1,214 @@
+"""Maps against masks: explicit loops, scikit-learn and scikit-image; and maps without a model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hirescam_jax.metrics import (
+    best_threshold,
+    centre_blob,
+    energy_inside,
+    map_average_precision,
+    organ_iou,
+    organ_prior,
+    otsu_threshold,
+    overlap,
+    pointing_game,
+    random_maps,
+    rank_accuracy,
+)
+
+GRIDS = [(5, 6), (4, 3, 5)]
+THRESHOLDS = np.array([0.0, 0.3, 0.7], np.float32)
+
+
+def all_measures(maps, masks, void):
+    """[B, K, columns]"""
+    thresholds = jnp.asarray(THRESHOLDS, maps.dtype)
+    both = overlap(maps, masks, thresholds, void)
+    columns = [pointing_game, energy_inside, rank_accuracy, map_average_precision]
+    columns = [measure(maps, masks, void)[..., None] for measure in columns]
+    organ = organ_iou(maps, masks, thresholds, void=void)
+    return jnp.concatenate([*columns, organ, both.iou, both.dice], axis=-1)
+
+
+def cases(grid, seed=0, levels=None):
+    rng = np.random.default_rng(seed)
+    maps = rng.normal(size=(2, 3, *grid)).astype(np.float32)
+    if levels:
+        maps = np.round(maps * levels) / levels
+    return maps, rng.random(maps.shape) < 0.4, rng.random(maps.shape) < 0.25
+
+
+@pytest.mark.parametrize("levels", [None, 2], ids=["", "ties"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_measures_are_scikit_learns_on_the_cells_that_are_not_void(grid, levels):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    maps, masks, void = cases(grid, levels=levels)
+    found = np.asarray(jax.jit(all_measures)(maps, masks, void))
+    for b, k in np.ndindex(2, 3):
+        cells = ~void[b, k]
+        values, mask = maps[b, k][cells].astype(np.float64), masks[b, k][cells]
+        peak = values == values.max()
+        size = mask.sum()
+        last = np.sort(values)[::-1][size - 1]
+        above, ties = values > last, values == last
+        ranks = above[mask].sum() + (size - above.sum()) * ties[mask].sum() / ties.sum()
+        expected = [
+            peak[mask].sum() / peak.sum(),
+            np.maximum(values, 0)[mask].sum() / np.maximum(values, 0).sum(),
+            ranks / size,
+            sklearn.average_precision_score(mask, values),
+        ]
+        binary = [values > t for t in THRESHOLDS]
+        expected += [sklearn.precision_score(mask, x, zero_division=0) for x in binary]
+        expected += [sklearn.jaccard_score(mask, x) for x in binary]
+        expected += [sklearn.f1_score(mask, x) for x in binary]
+        np.testing.assert_allclose(found[b, k], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_nothing_void_is_no_void_and_numpy_is_jax():
+    maps, masks, void = cases(GRIDS[1])
+    program = jax.jit(all_measures)
+    np.testing.assert_array_equal(program(maps, masks, None), program(maps, masks, void & False))
+    for measure in (pointing_game, energy_inside):
+        by_numpy = measure(maps, masks, void)
+        assert isinstance(by_numpy, np.ndarray)
+        by_jax = measure(jnp.asarray(maps), masks, void)
+        assert isinstance(by_jax, jax.Array)
+        np.testing.assert_allclose(by_numpy, by_jax, rtol=1e-6)
+
+
+def test_empty_masks_are_missing_and_not_missed():
+    maps, masks, void = cases(GRIDS[0])
+    masks[0, 1] &= False
+    masks[1, 2] &= void[1, 2]  # all of it void
+    masks[1, 2, 0, 0] = void[1, 2, 0, 0] = True
+    found = np.asarray(jax.jit(all_measures)(maps, masks, void))
+    without_organ = np.r_[0:4, 7:13]
+    missing = np.isnan(found[..., without_organ])
+    np.testing.assert_array_equal(missing.any(-1), [[0, 1, 0], [0, 0, 1]])
+    assert missing[0, 1].all()
+    assert missing[1, 2].all()
+
+
+def test_perfect_and_uniform_maps_in_closed_form():
+    masks = np.zeros((1, 1, 4, 5), bool)
+    masks[0, 0, 1:3, 1:4] = True  # 6 of 20 cells
+    perfect = masks.astype(np.float32)
+    for measure in (rank_accuracy, map_average_precision):
+        np.testing.assert_allclose(measure(perfect, masks), 1)
+        np.testing.assert_allclose(measure(np.ones_like(perfect), masks), 6 / 20, rtol=1e-6)
+    np.testing.assert_allclose(rank_accuracy(1 - perfect, masks), 0)
+    ranks = np.arange(15, 21)  # the mask comes last: hits 1 to 6 at places 15 to 20
+    np.testing.assert_allclose(
+        map_average_precision(1 - perfect - 0.01 * np.arange(20).reshape(4, 5), masks),
+        np.mean(np.arange(1, 7) / ranks),
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(overlap(perfect, masks, [0.5]).iou, 1)
+    half = overlap(np.ones_like(perfect), masks, [0.5])
+    np.testing.assert_allclose(half.iou, 6 / 20, rtol=1e-6)
+    np.testing.assert_allclose(half.dice, 12 / 26, rtol=1e-6)
+
+
+def test_authors_organ_iou_is_zero_without_outside():
+    allowed = jnp.asarray([[[[1, 1], [0, 0]]]])
+    maps = jnp.asarray([[[[1.0, 0.2], [0.6, 0.0]]]])
+    thresholds = jnp.asarray([0.0, 0.5, 0.7])
+    np.testing.assert_allclose(organ_iou(maps, allowed, thresholds), [[[2 / 3, 1 / 2, 1]]])
+    theirs = organ_iou(maps, allowed, thresholds, authors_zero_without_outside=True)
+    np.testing.assert_allclose(theirs, [[[2 / 3, 1 / 2, 0]]])
+
+
+# -- thresholds -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [(40, 30), (12, 9, 10)])
+def test_otsu_binarises_as_scikit_image(grid):
+    filters = pytest.importorskip("skimage.filters")
+    rng = np.random.default_rng(0)
+    maps = rng.gamma(2.0, size=(2, 2, *grid)) + 4 * (rng.random((2, 2, *grid)) < 0.3)
+    maps = maps.astype(np.float32)
+    found = np.asarray(jax.jit(otsu_threshold)(maps))
+    for b, k in np.ndindex(2, 2):
+        expected = filters.threshold_otsu(maps[b, k])
+        np.testing.assert_array_equal(maps[b, k] > found[b, k], maps[b, k] > expected)
+        np.testing.assert_allclose(found[b, k], expected, rtol=1e-5)
+
+
+def test_otsu_of_two_values_of_none_and_without_void():
+    maps = np.zeros((1, 3, 4, 4), np.float32)
+    maps[0, 0, :, 0] = 5
+    maps[0, 2], maps[0, 2, 0, 0], maps[0, 2, 1, 1] = 1, 2, 1000
+    void = np.zeros(maps.shape, bool)
+    void[0, 2, 1, 1] = True
+    found = np.asarray(otsu_threshold(maps, void))
+    assert 0 <= found[0, 0] < 5
+    assert not (maps[0, 1] > found[0, 1]).any()  # a constant map has no upper part
+    assert 1 <= found[0, 2] < 2
+    iou = overlap(maps[:, :1], maps[:, :1] > 0, found[:, :1, None]).iou
+    np.testing.assert_array_equal(iou, [[[1]]])
+
+
+def test_best_threshold_is_of_the_mean_over_defined_volumes():
+    scores = np.array([[[0.1, 0.9], [np.nan] * 2], [[0.9, 0.2], [np.nan] * 2]])
+    np.testing.assert_array_equal(best_threshold(scores), [1, 0])
+
+
+# -- maps without a model -------------------------------------------------------------------------
+
+
+def test_organ_prior_is_the_mean_over_volumes_that_have_the_label():
+    masks = np.zeros((5, 3, 2, 4), bool)
+    masks[0, 0, 0, :2] = masks[3, 0, 0, 0] = masks[4, 1, 1] = True
+    expected = np.zeros((3, 2, 4))
+    expected[0, 0, :2], expected[1, 1], expected[2] = [1, 0.5], 1, np.nan
+    np.testing.assert_array_equal(organ_prior([masks]), expected)
+    np.testing.assert_array_equal(organ_prior([masks[:1], masks[1:4], masks[4:]]), expected)
+    with pytest.raises(ValueError, match="no masks"):
+        organ_prior([])
+    with pytest.raises(ValueError, match="must agree"):
+        organ_prior([masks, masks[:, :2]])
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (4, 5, 6)])
+def test_centre_blob_is_a_gaussian(grid):
+    blob = np.asarray(centre_blob((2, 3, *grid), width=0.2))
+    places = np.meshgrid(*((np.arange(n) - (n - 1) / 2) / (0.2 * n) for n in grid), indexing="ij")
+    expected = np.exp(-sum(p**2 for p in places) / 2)
+    np.testing.assert_allclose(blob, np.broadcast_to(expected, blob.shape), rtol=1e-5)
+
+
+def test_random_maps_are_uniform_and_the_same_in_any_batch():
+    maps = np.asarray(random_maps((6, 2, 20, 25)))
+    assert 0 <= maps.min() < maps.max() < 1
+    assert abs(maps.mean() - 0.5) < 4 / np.sqrt(12 * maps.size)
+    some = random_maps((2, 2, 20, 25), index=np.array([4, 1]))
+    np.testing.assert_array_equal(some, maps[[4, 1]])
+    assert (np.asarray(random_maps((6, 2, 20, 25), seed=1)) != maps).any()
+    # Any organ gets its share of the grid.
+    allowed = np.zeros(maps.shape, bool)
+    allowed[..., :5] = True
+    share = np.asarray(organ_iou(jnp.asarray(maps), allowed, jnp.asarray([0.5])))
+    assert abs(share.mean() - 0.2) < 0.02
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused():
+    maps, masks, void = cases(GRIDS[0])
+    for measure in (pointing_game, energy_inside, rank_accuracy, map_average_precision):
+        with pytest.raises(ValueError, match=r"maps \(2, 3, 5, 6\) and masks .* must agree"):
+            measure(maps, masks[:, :2])
+        with pytest.raises(ValueError, match=r"maps .* and void .* must agree"):
+            measure(maps, masks, void[:1])
+        with pytest.raises(ValueError, match="with a spatial axis"):
+            measure(maps[..., 0, 0], masks[..., 0, 0])
+    void[1, 2] = True
+    with pytest.raises(ValueError, match=r"void covers all of map \[1, 2\]"):
+        overlap(maps, masks, [0.5], void)
+    with pytest.raises(ValueError, match=r"void covers all of map \[1, 2\]"):
+        organ_iou(jnp.asarray(maps), masks, jnp.asarray([0.5]), void=void)
