@@ -1,5 +1,6 @@
 """The `hirescam` command. Each subcommand is one function here; it only starts things."""
 
+import dataclasses
 import signal
 import sys
 import warnings
@@ -158,7 +159,10 @@ def evaluate(
     from hirescam_jax.train import open_data
 
     opened = load_run(run, checkpoint).on_mesh(depth_devices)
-    splits = [open_data(opened.config, split, with_lesions=True) for split in ("val", "test")]
+    # All runs are measured alike, however the masks of their mask loss were made.
+    data = dataclasses.replace(opened.config.data, mask_method="nearest", dilate=False)
+    config = dataclasses.replace(opened.config, data=data)
+    splits = [open_data(config, split, with_lesions=True) for split in ("val", "test")]
     sizes = {name: len(split) for name, split in zip(("val", "test"), splits, strict=True)}
     distributed.agree({**opened.header.facts(**sizes), "step": str(opened.step)})
     result = evaluate_run(opened, *splits, faithfulness=faithfulness, sanity=sanity)

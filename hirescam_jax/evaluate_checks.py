@@ -20,7 +20,7 @@ from hirescam_jax.cam import METHODS
 from hirescam_jax.checkpoint import Run
 from hirescam_jax.compiling import compiler_options
 from hirescam_jax.data.pipeline import Source, make_batch
-from hirescam_jax.evaluate import baseline_maps
+from hirescam_jax.evaluate import EVALUATED, baseline_maps
 from hirescam_jax.files import atomic_file
 from hirescam_jax.metrics import (
     blur,
@@ -169,7 +169,7 @@ def _maps_program(run: Run) -> Callable[[Any, Array], dict[str, Array]]:
     def program(variables: Any, volumes: Array) -> dict[str, Array]:
         features = model.apply(variables, volumes, method="features")
         head = partial(model.apply, variables, method="head")
-        return {name: method(head, features) for name, method in METHODS.items()}
+        return {name: METHODS[name](head, features) for name in EVALUATED}
 
     return program
 

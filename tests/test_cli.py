@@ -293,4 +293,5 @@ def test_train_and_evaluate(config, tmp_path, capsys):
     assert str(run / "evaluation.json") in printed
     result = json.loads((run / "evaluation.json").read_text())
     assert (result["step"], result["volumes"]) == (2, 2)
-    assert set(result["organ_iou"]) == {"hirescam", "gradcam"}
+    baselines = {"organ_prior", "centre_blob", "random"}
+    assert set(result["organ_iou"]) == {"hirescam", "gradcam", *baselines}
