@@ -60,8 +60,8 @@ def example(slices: int = 0) -> Example:
         return features.reshape(features.shape[0], -1) @ gradient.reshape(-1, 1) + bias
 
     batch = jnp.asarray(features)[None, ..., None]
-    maps = [np.asarray(method(head, batch)[0, 0]) for method in (gradcam, hirescam)]
-    return Example(features, gradient, *maps, float(head(batch)[0, 0]), bias)
+    averaged, exact = (np.asarray(method(head, batch)[0, 0]) for method in (gradcam, hirescam))
+    return Example(features, gradient, averaged, exact, float(head(batch)[0, 0]), bias)
 
 
 def draw(plane: Example, volume: Example) -> Figure:
