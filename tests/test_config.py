@@ -133,7 +133,7 @@ ILL_TYPED = {
     "Config(mask_weight=None)": "config.mask_weight must be float, got None",
     "Config(labels='nodule')": "config.labels must be ",
     "Config(labels=['nodule'])": "config.labels must be ",
-    "Config(model=3)": "config.model must be AxialNet or Conv3DNet, got 3",
+    "Config(model=3)": "config.model must be AxialNet or Conv3DNet or BodyConv or CTNet, got 3",
     "Config(data=Preprocess())": "config.data must be PhantomData or StoreData, got Preprocess(",
     "Config(optimizer=SGD)": "config.optimizer must be SGD or Adam, got ",
     "Config(optimizer=SGD(learning_rate='1e-3'))": "config.optimizer.learning_rate must be float",
@@ -159,8 +159,8 @@ BAD_JSON = {
     "config.epochs must be int, got 'three'": (["epochs"], "three"),
     "config.model.widths must be ": (["model", "widths"], [4, "x"]),
     "config.optimizer must be SGD or Adam, got 3": (["optimizer"], 3),
-    "config.model must be AxialNet or Conv3DNet, got None": (["model"], None),
-    "config.model must be AxialNet or Conv3DNet, got (1,)": (["model"], [1]),
+    "config.model must be AxialNet or Conv3DNet or BodyConv or CTNet, got None": (["model"], None),
+    "config.model must be AxialNet or Conv3DNet or BodyConv or CTNet, got (1,)": (["model"], [1]),
     "config.data": (["data"], {"type": "StoreData"}),
 }
 SCRIPT = """
