@@ -146,7 +146,8 @@ def evaluate(
         out: the JSON file; default evaluation.json in the run's folder.
         checkpoint: which weights.
         depth_devices: devices that share a volume; default as in training.
-        faithfulness: insertion, deletion and ROAD on so many test volumes; a minute for a few.
+        faithfulness: insertion, deletion and ROAD of the maps on so many test volumes; each takes
+            hundreds of passes of the model.
         sanity: randomise the layers one after the other, with the maps of so many test volumes;
             also a picture beside the JSON file.
     """

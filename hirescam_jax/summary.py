@@ -288,7 +288,7 @@ def map_table(result: dict[str, Any]) -> str:
     if lesions:
         rows[0] += [f"lesions: {next(iter(LESION_MEASURES.values()))}"]
         rows[0] += list(LESION_MEASURES.values())[1:]
-    for name, of_map in result["organ_iou"].items():
+    for name, of_map in _ordered(result["organ_iou"]):
         title = map_name(name)
         missing = len(of_map["labels"]) - of_map["defined"]
         if missing:
@@ -303,12 +303,19 @@ def map_table(result: dict[str, Any]) -> str:
 
 def region_table(result: dict[str, Any]) -> str:
     """OrganIoU by the organ in which the finding is."""
-    shown = {n: of_map["regions"] for n, of_map in result["organ_iou"].items() if of_map["regions"]}
+    maps = _ordered(result["organ_iou"])
+    shown = {name: of_map["regions"] for name, of_map in maps if of_map["regions"]}
     rows = [["OrganIoU by organ", "pairs", *(map_name(name) for name in shown)]]
     for region, first in next(iter(shown.values())).items():
         cells = [interval_text(of_map[region]) for of_map in shown.values()]
         rows.append([region, str(first["pairs"]), *cells])
     return aligned(rows)
+
+
+def _ordered(maps: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The model's maps, then those that no model made."""
+    order = [*MAP_NAMES]
+    return sorted(maps.items(), key=lambda item: order.index(item[0]))
 
 
 def _mean_of(measures: Any) -> str:

@@ -12,7 +12,13 @@ import pytest
 
 from hirescam_jax.config import PhantomData
 from hirescam_jax.data.phantom import Phantom, PhantomConfig
-from hirescam_jax.data.pipeline import InMemory, eval_batches, open_split, train_batches
+from hirescam_jax.data.pipeline import (
+    InMemory,
+    eval_batches,
+    make_batch,
+    open_split,
+    train_batches,
+)
 from hirescam_jax.data.regions import to_feature_grid
 from hirescam_jax.errors import UserError
 from hirescam_jax.sharding import Share
@@ -192,6 +198,35 @@ def test_chosen_labels():
     for i in range(2):
         np.testing.assert_array_equal(some[i]["findings"], every[i]["findings"][rows])
         np.testing.assert_array_equal(some[i]["volume"], every[i]["volume"])
+
+
+def test_lesions_come_along_where_they_are_asked_for():
+    data = PhantomData(TINY, train_size=3)
+    labels = ("nodule", "cardiomegaly", "pacemaker")
+    plain, source = (open_split(data, "train", GRID, labels, w) for w in (False, True))
+    truth = Phantom(TINY, "train", 3, GRID)
+    cells = [np.arange(n) * c // n for n, c in zip(TINY.shape, GRID, strict=True)]
+    for i in range(3):
+        item = dict(source[i])
+        lesions = item.pop("lesions")
+        jax.tree.map(np.testing.assert_array_equal, item, plain[i])
+        expected = np.zeros((3, *GRID), np.uint8)
+        for k, label in enumerate(labels):
+            for d, h, w in np.argwhere(truth.case(i).lesions[truth.labels.index(label)]):
+                expected[k, cells[0][d], cells[1][h], cells[2][w]] = 1
+        np.testing.assert_array_equal(lesions, expected)
+        np.testing.assert_array_equal(lesions.any((1, 2, 3)), item["findings"].any(1))
+
+
+def test_lesions_are_cut_and_batched_as_the_regions_are():
+    source = open_split(PhantomData(TINY, train_size=2), "train", GRID, (), True)
+    whole = make_batch(source, [0, 1])
+    share = Share(2, (1,), (0, 1), (1, GRID[0] + 1))  # with a cell of padding
+    part = make_batch(source, [1], share)
+    for name in ("regions", "lesions"):
+        padded = np.pad(whole[name][1], [(0, 0), (0, 1), (0, 0), (0, 0)])[:, 1:]
+        np.testing.assert_array_equal(part[name][0], padded)
+        np.testing.assert_array_equal(share.cut(source[1])[name], padded)
 
 
 def test_unknown_label_is_refused_with_the_nearest_name():

@@ -19,7 +19,8 @@ from hirescam_jax.config import StoreData
 from hirescam_jax.data import codec
 from hirescam_jax.data.codec import Encoded, Record, encode
 from hirescam_jax.data.inspect_store import HU_EDGES, _thumbnail, inspect_store
-from hirescam_jax.data.pipeline import eval_batches, make_batch, open_split
+from hirescam_jax.data.phantom import Phantom, PhantomConfig
+from hirescam_jax.data.pipeline import eval_batches, make_batch, open_split, patients_of
 from hirescam_jax.data.regions import to_feature_grid
 from hirescam_jax.data.shard import read_at, write_shard
 from hirescam_jax.data.store import Store, grid_affine, write_store
@@ -284,6 +285,14 @@ def test_record_and_affine(store):
     np.testing.assert_allclose(affine @ [*centre, 1], [0, 0, 0, 1])
     np.testing.assert_allclose(affine @ [1, 0, 0, 0], [0, 0, -2.5, 0])  # downwards
     np.testing.assert_allclose(affine @ [0, 0, 1, 0], [-1.25, 0, 0, 0])  # to the left
+
+
+def test_patients(store):
+    source = open_split(StoreData(str(store)), "train", GRID)
+    assert patients_of(source) == ["case_0", "case_1", "case_2"]
+    chosen = open_split(StoreData(str(store)), "train", GRID, ("nodule",))
+    assert patients_of(chosen) == patients_of(source)
+    assert patients_of(Phantom(PhantomConfig(), "train", 2, GRID)) is None
 
 
 def test_head_is_read_alone_however_long_it_is(tmp_path):
