@@ -68,12 +68,14 @@ def draw(plane: Example, volume: Example) -> Figure:
     figure = Figure(figsize=(12.6, 11.6), facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, 4)
-    figure.subplots_adjust(0.075, 0.085, 0.985, 0.855, 0.1, 0.34)
+    figure.subplots_adjust(0.075, 0.085, 0.94, 0.855, 0.16, 0.34)
     rows = [(plane, ...), (volume, 0), (volume, 1)]
     for row, (shown, index) in zip(axes, rows, strict=True):
         for ax, name in zip(row, ("features", "gradient", "gradcam", "hirescam"), strict=True):
             values = getattr(shown, name)
             _grid(ax, values[index], np.abs(values).max(), name == "features")
+            if name != "gradient":  # it weighs more places than the organs
+                _organs(ax)
     titles = ("features A", "gradient of the score", "Grad-CAM", "HiResCAM")
     notes = ("what the network sees", "what its head weighs", "mean gradient × A", "gradient × A")
     for ax, title, note in zip(axes[0], titles, notes, strict=True):
@@ -89,13 +91,13 @@ def draw(plane: Example, volume: Example) -> Figure:
             whole = total + shown.bias
             exact = whole == shown.score
             text = f"sum {total:g} + bias {shown.bias:g} = {whole:g}"
-            text += "   the score" if exact else f"   not {shown.score:g}"
+            text += ", the score" if exact else f", not {shown.score:g}"
             ax[column].text(0, -0.12, text, **_below(ax[column], GOOD if exact else BAD))
     head = "Averaging the gradient points to the wrong organ"
     figure.text(0.075, 0.957, head, fontsize=20, weight="bold", color=INK)
     line = "The head counts organ 1 for the label and organ 2, which is brighter, against it."
     figure.text(0.075, 0.928, line, fontsize=12.5, color=SOFT)
-    foot = "Dashed: the peak of each map. Blue speaks for the label, red against it."
+    foot = "Blue speaks for the label, red against it."
     figure.text(0.075, 0.022, foot, fontsize=11, color=SOFT)
     return figure
 
@@ -105,7 +107,7 @@ def _below(ax: Axes, color: str) -> dict:
 
 
 def _grid(ax: Axes, values: np.ndarray, peak: float, grey: bool) -> None:
-    """Cells in colour with their values, the organs in outline, and the peak of a whole map."""
+    """Cells in colour with their values."""
     low = 0 if grey else -peak
     ax.imshow(values, "Greys" if grey else "RdBu", vmin=low, vmax=peak * 1.25, zorder=0)
     if not grey:
@@ -117,13 +119,16 @@ def _grid(ax: Axes, values: np.ndarray, peak: float, grey: bool) -> None:
         if value:
             text = ax.text(j, i, f"{value:g}", ha="center", va="center", fontsize=10.5, color=INK)
             text.set_path_effects([patheffects.withStroke(linewidth=2.2, foreground="white")])
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+
+
+def _organs(ax: Axes) -> None:
     for x, y, name in ORGANS:
         square = {"xy": (x, y), "width": 2, "height": 2, "fill": False}
         ax.add_patch(_rectangle(**square, edgecolor=INK, lw=1.4))
         ax.text(x + 1, y - 0.12, name, ha="center", va="bottom", fontsize=8.5, color=SOFT)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.spines[:].set_visible(False)
 
 
 def _rectangle(**options):
