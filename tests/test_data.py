@@ -215,7 +215,8 @@ def test_lesions_come_along_where_they_are_asked_for():
             for d, h, w in np.argwhere(truth.case(i).lesions[truth.labels.index(label)]):
                 expected[k, cells[0][d], cells[1][h], cells[2][w]] = 1
         np.testing.assert_array_equal(lesions, expected)
-        np.testing.assert_array_equal(lesions.any((1, 2, 3)), item["findings"].any(1))
+        # A lesion may be too small for any voxel, but none is without its finding.
+        assert not (lesions.any((1, 2, 3)) & ~item["findings"].any(1)).any()
 
 
 def test_lesions_are_cut_and_batched_as_the_regions_are():
