@@ -38,18 +38,23 @@ MAPS = PartitionSpec(DATA, None, DEPTH)  # [B, K, d, h, w]
 def make_mesh(depth: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """All devices of all processes as a mesh (data, depth) with `depth` devices a volume.
 
+    They come process by process, so that each has whole rows, or a part of one. `jax.make_mesh`
+    promises no order, and refuses several hosts of GPUs, which JAX takes for slices of a pod.
+
     Raises:
         UserError: `depth` does not divide the number of devices.
     """
-    count = len(devices) if devices is not None else jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     if depth < 1 or count % depth:
         fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise UserError(
             f"config.depth_devices = {depth} does not divide the {count} devices: use one of "
             f"{fitting}"
         )
+    grid = np.array(sorted(devices, key=lambda device: (device.process_index, device.id)))
     auto = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((count // depth, depth), (DATA, DEPTH), auto, devices=devices)
+    return Mesh(grid.reshape(-1, depth), (DATA, DEPTH), axis_types=auto)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,11 +1,13 @@
 """One device and every mesh of eight give the same step; what they tell each other is asserted."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -164,10 +166,20 @@ def test_largest_batch_is_that_of_a_search(memory, limit, step):
 
 
 class Device:
-    """Stands for a device of a process."""
+    """Stands for a device of a process: of a GPU cluster, where JAX makes a slice of each host, or
+    of a TPU pod, which has coordinates."""
 
-    def __init__(self, process_index: int):
-        self.process_index = process_index
+    platform, device_kind, core_on_chip = "gpu", "NVIDIA H100 80GB HBM3", 0
+
+    def __init__(
+        self, process_index: int, id: int = 0, coords: tuple[int, ...] | None = None, **more: str
+    ):
+        self.process_index, self.id = process_index, id
+        self.slice_index = process_index if coords is None else 0
+        self.client = self
+        if coords is not None:
+            self.coords = coords
+            self.platform, self.device_kind = "tpu", more["kind"]
 
 
 def layout_of(processes: list[list[int]], batch: int = 8, micro_batches: int = 1) -> Layout:
@@ -181,6 +193,46 @@ def test_a_mesh_that_does_not_fit_the_devices():
         make_mesh(4, [None] * 6)
     with pytest.raises(UserError, match="depth_devices = 0"):
         make_mesh(0)
+
+
+def gpus(hosts: int) -> list[Device]:
+    return [Device(i // 8, i) for i in range(8 * hosts)]
+
+
+def tpus(kind: str, x: int, y: int, host_x: int, host_y: int) -> list[Device]:
+    """A pod slice of x by y chips, of which a host has host_x by host_y."""
+    places = [(i, j) for j in range(y) for i in range(x)]
+    processes = [j // host_y * (x // host_x) + i // host_x for i, j in places]
+    both = zip(places, processes, strict=True)
+    return [Device(p, n, (*at, 0), kind=kind) for n, (at, p) in enumerate(both)]
+
+
+PODS = {
+    "2 hosts of 8 GPUs": gpus(2),
+    "4 hosts of 8 GPUs": gpus(4),
+    "v5e 4x4": tpus("TPU v5 lite", 4, 4, 2, 2),
+    "v5e 8x8": tpus("TPU v5 lite", 8, 8, 2, 2),
+    "v6e 8x8": tpus("TPU v6 lite", 8, 8, 2, 2),
+}
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("pod", PODS)
+def test_each_host_has_a_block_of_the_mesh(monkeypatch, pod, depth):
+    """And all hosts together load each slice of each volume of a batch once."""
+    devices = list(np.random.default_rng(0).permutation(PODS[pod]))
+    hosts = 1 + max(device.process_index for device in devices)
+    mesh = make_mesh(depth, devices)
+    assert dict(mesh.shape) == {"data": len(devices) // depth, "depth": depth}
+    assert set(mesh.devices.flat) == set(devices)
+    monkeypatch.setattr(jax, "local_device_count", lambda: len(devices) // hosts)
+    layout = Layout(mesh, 2 * len(devices), (24, 16, 16), (8, 4, 4), 3)
+    loaded = np.zeros((layout.batch_size, layout.padded_shape[0]), int)
+    for host in range(hosts):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        share = dataclasses.replace(layout).share  # it is kept
+        loaded[list(share.rows), slice(*(share.slices or (None,)))] += 1
+    assert (loaded == 1).all()
 
 
 @pytest.mark.parametrize(
