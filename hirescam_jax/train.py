@@ -93,7 +93,7 @@ def train(
         training, layout.share, seed=config.seed, start_step=step, workers=config.workers
     )
     watch, trace = Watch(step_fn), Trace(run_dir, step, profile_steps)
-    with Log(run_dir, step) as log, saver, Preemption() as stop, trace:
+    with Log(run_dir, step) as log, Preemption() as stop, saver, trace:
         while epoch < config.epochs and epoch - saver.best_epoch(epoch_steps) < config.patience:
             first, end, pending = step, (epoch + 1) * epoch_steps, None
             for _ in progress(range(step, end), f"epoch {epoch + 1}/{config.epochs}", "step"):
@@ -136,10 +136,11 @@ def validate(
 ) -> dict[str, float] | None:
     """Mean losses over a split; None if a signal stopped it."""
     totals: dict[str, Any] = {}
-    for batch in eval_batches(source, layout.share, workers=config.workers):
+    batches = eval_batches(source, layout.share, workers=config.workers)
+    for _ in range(-(-len(source) // layout.batch_size)):
         if stop.reached():
             return None
-        sums = eval_fn(state.variables, layout.to_devices(batch))
+        sums = eval_fn(state.variables, layout.to_devices(next(batches)))
         totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
     losses = {name: float(total) / len(source) for name, total in totals.items()}
     if not math.isfinite(losses["loss"]):

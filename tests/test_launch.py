@@ -33,16 +33,53 @@ def test_scripts_are_valid_bash(script):
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_local_resumes_what_exists(tmp_path, exists):
+@pytest.mark.parametrize("equals", [False, True])
+def test_local_resumes_what_exists(tmp_path, exists, equals):
+    run = tmp_path / "my run"
     if exists:
-        (tmp_path / "my run").mkdir()
-        (tmp_path / "my run" / "run.json").touch()
-    given = ["config.py", "--run", str(tmp_path / "my run"), "--seed", "3"]
+        run.mkdir()
+        (run / "run.json").touch()
+    given = ["config.py", *([f"--run={run}"] if equals else ["--run", str(run)]), "--seed", "3"]
     subprocess.run(
         [LAUNCH / "local.sh", *given], env=arguments_to(tmp_path, "hirescam"), check=True
     )
     got = (tmp_path / "hirescam.txt").read_text().splitlines()
     assert got == ["train", *given, *(["--resume"] if exists else [])]
+
+
+@pytest.mark.parametrize(
+    ("script", "again"),
+    [
+        ("exit 0", False),
+        ("exit 1", False),
+        ("exit 2", False),
+        ("exit 75", True),
+        ("kill -USR1 $$", True),  # before a training handles it
+        ("kill -TERM $$", True),
+        ("trap 'exit 75' USR1; kill -TERM $PPID; sleep 9 & wait", True),
+        ("trap 'exit 134' USR1; kill -TERM $PPID; sleep 9 & wait", True),
+        ("trap 'exit 2' USR1; kill -USR1 $PPID; sleep 9 & wait", False),
+        ("trap 'exit 0' USR1; kill -USR1 $PPID; sleep 9 & wait", False),
+    ],
+)
+def test_when_a_slurm_job_queues_itself_again(tmp_path, script, again):
+    given = ["config.py", "--run", str(tmp_path / "run")]
+    variables = arguments_to(tmp_path, "scontrol")
+    srun = tmp_path / "srun"
+    srun.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "{srun}.txt"\n{script}\n')
+    srun.chmod(0o755)
+    done = subprocess.run(
+        [LAUNCH / "slurm.sbatch", *given],
+        env={**variables, "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "6"},
+        timeout=8,
+    )
+    asked = (tmp_path / "srun.txt").read_text().splitlines()
+    assert "--cpus-per-task=6" in asked
+    assert asked[-len(given) - 2 :] == ["hirescam", "train", *given]
+    assert (tmp_path / "scontrol.txt").exists() == again
+    if again:
+        assert (tmp_path / "scontrol.txt").read_text().split() == ["requeue", "7"]
+    assert done.returncode != 0 or "exit 0" in script
 
 
 def test_a_part_of_an_array(tmp_path):

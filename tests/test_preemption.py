@@ -17,6 +17,7 @@ from test_train import Cases, compilation_cache, config_of, losses_of, run_train
 from hirescam_jax.checkpoint import checksums, load_run
 from hirescam_jax.errors import Preempted, UserError
 from hirescam_jax.preemption import Preemption
+from hirescam_jax.train import train
 
 
 def same(run: Path, other: Path) -> None:
@@ -83,21 +84,33 @@ def test_patience_counts_epochs_whatever_is_saved_between(tmp_path):
     assert best.step == 2 * (lowest + 1)
 
 
+def test_a_training_that_is_stopped_reads_no_more_data(monkeypatch, tmp_path):
+    class Unread(Cases):
+        def __getitem__(self, index):
+            raise AssertionError("read")
+
+    def reached(self):
+        self.noticed = True
+        return True
+
+    monkeypatch.setattr(Preemption, "reached", reached)
+    with pytest.raises(Preempted, match="saved at step 1"):
+        train(config_of(), tmp_path / "run", sources=(Cases(5), Unread(3)))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_first_signal_is_a_notice_and_the_second_what_it_was(number):
+def test_signals_are_a_notice_however_many_come(number):
     got = []
     before = signal.signal(number, lambda *_: got.append(number))
     try:
         with Preemption() as stop:
             assert not stop.reached()
-            os.kill(os.getpid(), number)
-            assert stop.reached()
-            assert stop.reached()
+            for _ in range(3):
+                os.kill(os.getpid(), number)
+                assert stop.reached()
             assert got == []
-            os.kill(os.getpid(), number)
-            assert got == [number]
         os.kill(os.getpid(), number)
-        assert got == [number, number]
+        assert got == [number]
     finally:
         signal.signal(number, before)
 
@@ -209,6 +222,72 @@ def test_checksums_tell_any_change():
 
 
 # -- real processes -------------------------------------------------------------------------------
+
+# A training that says how far it is, and saves for a while.
+STANDING_IN = """
+import sys, time
+from pathlib import Path
+import hirescam_jax.train
+from hirescam_jax import cli
+from hirescam_jax.errors import Preempted
+from hirescam_jax.preemption import Preemption
+
+def train(config, run, **_):
+    print("started", flush=True)
+    while not run.exists():
+        time.sleep(0.02)
+    with Preemption() as stop:
+        print("training", flush=True)
+        while not stop.reached():
+            time.sleep(0.02)
+        print("saving", flush=True)
+        time.sleep(2)
+    raise Preempted("saved")
+
+hirescam_jax.train.train = train
+cli.main(sys.argv[1:])
+"""
+
+
+def said(group: Group, word: str, *numbers: int) -> None:
+    for number in numbers:
+        pipe = group.processes[number].stdout
+        assert pipe is not None
+        assert pipe.readline().strip() == word
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_training(tmp_path):
+    with Group(1, ["train", "--run", tmp_path / "go"], script=STANDING_IN) as group:
+        said(group, "started", 0)
+        group.send(0, signal.SIGUSR1)
+        (end,) = group.wait()
+    assert (end.code, end.err) == (75, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "early"), [(1, False), (2, True)])
+def test_more_signals_do_not_disturb_the_saving(tmp_path, count, early):
+    """With others, one that comes before the training stops it as soon as it has begun."""
+    both, numbers = (signal.SIGTERM, signal.SIGUSR1), range(count)
+    with Group(count, ["train", "--run", tmp_path / "go"], script=STANDING_IN) as group:
+        said(group, "started", *numbers)
+        if early:
+            group.send(count - 1, signal.SIGUSR1)
+        (tmp_path / "go").touch()
+        said(group, "training", *numbers)
+        if not early:
+            group.send(0, signal.SIGTERM)
+        said(group, "saving", *numbers)
+        for _ in range(10):
+            for number in numbers:
+                for what in both:
+                    group.send(number, what)
+            time.sleep(0.05)
+        ends = group.wait()
+    assert [end.code for end in ends] == [75] * count, ends
+    assert all("hirescam: saved" in end.err for end in ends)
+
 
 CONFIG = """
 from hirescam_jax.config import Config, PhantomData, SGD
