@@ -90,6 +90,7 @@ def evaluate(
 
     from hirescam_jax import distributed
     from hirescam_jax.checkpoint import load_run
+    from hirescam_jax.data.pipeline import digest_of
     from hirescam_jax.evaluate import evaluate_run, table
     from hirescam_jax.files import atomic_file
     from hirescam_jax.train import open_data
@@ -97,7 +98,8 @@ def evaluate(
     opened = load_run(run, checkpoint).on_mesh(depth_devices)
     splits = [open_data(opened.config, split) for split in ("val", "test")]
     sizes = {name: len(split) for name, split in zip(("val", "test"), splits, strict=True)}
-    distributed.agree({**opened.header.facts(**sizes), "step": str(opened.step)})
+    facts = {**opened.header.facts(**sizes), "step": str(opened.step)}
+    distributed.agree({**facts, "content of the splits": str(list(map(digest_of, splits)))})
     result = evaluate_run(opened, *splits)
     target = out or run / "evaluation.json"
 

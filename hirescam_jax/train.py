@@ -76,7 +76,7 @@ def train(
         )
     epoch_steps = len(training) // config.batch_size
     optimizer = make_optimizer(config, epoch_steps * config.epochs)
-    header = checkpoint.Header.of(config, training)
+    header = checkpoint.Header.of(config, training, validation)
     distributed.agree(header.facts(training=len(training), validation=len(validation)))
     saver = checkpoint.Saver(run_dir, header, resume=resume)
 
@@ -113,15 +113,23 @@ def train(
                         saver.save(step, state)
             with watch("device"):
                 log.step(step, pending, None)
-            figures = watch.figures(step - first, (step - first) * config.batch_size)
-            losses = validate(eval_fn, state, validation, config, eval_layout, stop)
             with watch("checkpoint"):
-                saver.save(step, state, losses)
+                saver.save(step, state)  # written during the validation
+            with watch("validation"):
+                losses = validate(eval_fn, state, validation, config, eval_layout, stop)
             if losses is None:
                 saver.wait()
                 raise Preempted(f"{run_dir}: stopped by a signal, saved at step {step}")
+            if not math.isfinite(losses["loss"]):
+                saver.set_aside(step)
+                raise UserError(
+                    f"validation loss is {losses['loss']}: the training diverged; lower "
+                    "config.optimizer.learning_rate (the last good checkpoint is kept)"
+                )
+            with watch("checkpoint"):
+                saver.save(step, state, losses)
+            figures = watch.figures(step - first, (step - first) * config.batch_size)
             log.epoch(step, epoch, losses, figures)
-            watch.figures(0, 0)
             epoch += 1
     return checkpoint.load_run(run_dir)
 
@@ -142,10 +150,4 @@ def validate(
             return None
         sums = eval_fn(state.variables, layout.to_devices(next(batches)))
         totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
-    losses = {name: float(total) / len(source) for name, total in totals.items()}
-    if not math.isfinite(losses["loss"]):
-        raise UserError(
-            f"validation loss is {losses['loss']}: the training diverged; lower "
-            "config.optimizer.learning_rate (the last good checkpoint is kept)"
-        )
-    return losses
+    return {name: float(total) / len(source) for name, total in totals.items()}

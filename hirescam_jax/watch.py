@@ -30,13 +30,14 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
-PARTS = ("input", "device", "checkpoint")
+PARTS = ("input", "device", "checkpoint")  # of the time of the steps
 
 
 class Watch:
     """Adds up what the parts of an epoch take.
 
     with watch("input"): ...       named parts; the rest is Python between them
+    with watch("validation"): ...  does not count
     watch.figures(steps, volumes)  of the time since the last call
     """
 
@@ -49,7 +50,7 @@ class Watch:
 
     def _start_again(self) -> None:
         self.start = time.perf_counter()
-        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys((*PARTS, "validation"), 0.0)
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -67,10 +68,10 @@ class Watch:
         flop_utilisation: XLA's count of a device's FLOPs over its peak (where that is known);
         device_gib: most memory used so far (where the device tells).
         """
-        elapsed = time.perf_counter() - self.start
+        elapsed = time.perf_counter() - self.start - self.seconds["validation"]
         count = max(steps, 1)
         figures = {"step_seconds": elapsed / count, "volumes_per_second": volumes / elapsed}
-        figures |= {f"{part}_seconds": taken / count for part, taken in self.seconds.items()}
+        figures |= {f"{part}_seconds": self.seconds[part] / count for part in PARTS}
         if self.peak:
             figures["flop_utilisation"] = self.flops * steps / elapsed / self.peak
         memory = self.device.memory_stats() or {}

@@ -195,6 +195,32 @@ def test_processes_that_agree_and_that_do_not():
         assert "Traceback" not in end.err
 
 
+UNSHARED = """
+from pathlib import Path
+from processes import start_from_arguments
+(folder,) = start_from_arguments()
+from hirescam_jax import checkpoint, cli
+from test_train import Cases, config_of
+checkpoint.SHARED_SECONDS = 1
+def save(_):
+    run = Path(folder) / "run"
+    checkpoint.Saver(run, checkpoint.Header.of(config_of(), Cases(2)), resume=False)
+cli._run = save
+cli.main(["train"])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_is_not_shared(tmp_path):
+    folders = [tmp_path / "of host 0", tmp_path / "of host 1"]
+    with Group(2, [], script=UNSHARED, each={i: [folders[i]] for i in range(2)}) as group:
+        ends = group.wait(60)
+    for folder, end in zip(folders, ends, strict=True):
+        assert end.code == 2
+        assert f"hirescam: {folder / 'run'}: is not" in end.err
+        assert "file system that all hosts share" in end.err
+
+
 LOSE = """
 import os, sys, time
 from processes import start_from_arguments
