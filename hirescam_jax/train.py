@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from hirescam_jax import checkpoint, distributed, sharding
-from hirescam_jax.config import Config
+from hirescam_jax.config import Config, check_sizes
+from hirescam_jax.costs import step_flops
 from hirescam_jax.data.pipeline import Source, eval_batches, open_split, train_batches
 from hirescam_jax.errors import Preempted, UserError
 from hirescam_jax.preemption import Preemption
@@ -55,10 +56,7 @@ def train(
             finite number, bad data.
         Preempted: SIGTERM or SIGUSR1 came; the run is saved, to be continued with `resume`.
     """
-    least_of = {"batch_size": 1, "micro_batches": 1, "epochs": 1, "save_steps": 0}
-    for name, least in least_of.items():
-        if getattr(config, name) < least:
-            raise UserError(f"config.{name} must be at least {least}, got {getattr(config, name)}")
+    check_sizes(config)
     training, validation = sources or (open_data(config, "train"), open_data(config, "val"))
     model = config.model.clone(num_labels=len(training.labels))
     config = dataclasses.replace(config, model=model)
@@ -92,7 +90,8 @@ def train(
     batches = train_batches(
         training, layout.share, seed=config.seed, start_step=step, workers=config.workers
     )
-    watch, trace = Watch(step_fn), Trace(run_dir, step, profile_steps)
+    watch = Watch(step_flops(config, layout, *counts))
+    trace = Trace(run_dir, step, profile_steps)
     with Log(run_dir, step) as log, Preemption() as stop, saver, trace:
         while epoch < config.epochs and epoch - saver.best_epoch(epoch_steps) < config.patience:
             first, end, pending = step, (epoch + 1) * epoch_steps, None
