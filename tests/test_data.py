@@ -12,7 +12,13 @@ import pytest
 
 from hirescam_jax.config import PhantomData
 from hirescam_jax.data.phantom import Phantom, PhantomConfig
-from hirescam_jax.data.pipeline import InMemory, eval_batches, open_split, train_batches
+from hirescam_jax.data.pipeline import (
+    InMemory,
+    eval_batches,
+    make_batch,
+    open_split,
+    train_batches,
+)
 from hirescam_jax.data.regions import to_feature_grid
 from hirescam_jax.errors import UserError
 from hirescam_jax.sharding import Share
@@ -113,9 +119,10 @@ def test_share_of_the_slices_is_padded():
     source = Phantom(TINY, "train", 1, GRID)
     whole, parts = source[0], []
     for cell in range(3):  # three devices for two cells of three slices
-        part = Share(1, (0,), (3 * cell, 3 * cell + 3), (cell, cell + 1)).cut(source[0])
-        assert part["volume"].shape == (3, 12, 12)
-        parts.append(part)
+        share = Share(1, (0,), (3 * cell, 3 * cell + 3), (cell, cell + 1))
+        part = make_batch(source, [0], share)
+        assert part["volume"].shape == (1, 3, 12, 12)
+        parts.append({name: value[0] for name, value in part.items()})
     for name, axis in (("volume", 0), ("regions", 1)):
         joined = np.concatenate([part[name] for part in parts], axis)
         size = whole[name].shape[axis]
