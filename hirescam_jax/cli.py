@@ -1,8 +1,10 @@
 """The `hirescam` command. Each subcommand is one function here; it only starts things."""
 
+import contextlib
 import dataclasses
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import tyro
 
 from hirescam_jax.cam import Method
 from hirescam_jax.cli_data import inspect, lesions, localize, names_of, phantom, prepare, table
-from hirescam_jax.errors import Preempted, UserError
+from hirescam_jax.errors import Preempted, StartError, UserError
 
 PROGRAM = "hirescam"
 
@@ -155,6 +157,7 @@ def evaluate(
 
     from hirescam_jax import distributed, evaluate_checks
     from hirescam_jax.checkpoint import load_run
+    from hirescam_jax.data.pipeline import digest_of
     from hirescam_jax.evaluate import evaluate_run, table
     from hirescam_jax.files import atomic_file
     from hirescam_jax.train import open_data
@@ -165,7 +168,8 @@ def evaluate(
     config = dataclasses.replace(opened.config, data=data)
     splits = [open_data(config, split, with_lesions=True) for split in ("val", "test")]
     sizes = {name: len(split) for name, split in zip(("val", "test"), splits, strict=True)}
-    distributed.agree({**opened.header.facts(**sizes), "step": str(opened.step)})
+    facts = {**opened.header.facts(**sizes), "step": str(opened.step)}
+    distributed.agree({**facts, "content of the splits": str(list(map(digest_of, splits)))})
     result = evaluate_run(opened, *splits, faithfulness=faithfulness, sanity=sanity)
     target = out or run / "evaluation.json"
 
@@ -289,9 +293,9 @@ DISTRIBUTED = ("train", "evaluate", "explain")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 done but for some volumes or ended with another process,
-    2 bad input (one line says what), 75 stopped by a signal and saved: run again with --resume,
-    130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 done but for some volumes, ended with another process or
+    without the others' start, 2 bad input (one line says what), 75 stopped by a signal and saved:
+    run again with --resume, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -300,38 +304,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(arguments)
     except UserError as error:
-        _end(str(error), 2)
+        _end(str(error), 1 if isinstance(error, StartError) else 2)
     except Preempted as error:
+        from hirescam_jax import preemption
+
+        preemption.ignore()
         print(f"{PROGRAM}: {error}", file=sys.stderr)
-        sys.exit(75)
+        sys.exit(preemption.STOPPED)
     except KeyboardInterrupt:
         _end("interrupted", 128 + signal.SIGINT)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(f"{where}{error.strerror or error}", 2)
     except Exception as error:
+        import jax
+
         from hirescam_jax import distributed
 
         if not distributed.peer_lost(error):
-            raise
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()  # a normal end would wait for those that wait for this process
+            distributed.leave(1)
         line = " ".join(str(error).split())
         _end(f"another process has ended, see its output ({line[:200]}): continue with --resume", 1)
 
 
 def _run(arguments: Sequence[str]) -> None:
-    from hirescam_jax import distributed
+    from hirescam_jax import distributed, preemption
 
     launch, rest = distributed.parse_launch(arguments)
     name, rest = (rest[0], rest[1:]) if rest else ("", [])
-    if name not in DISTRIBUTED:
-        if launch.coordinator is not None:
-            raise UserError(f"--coordinator: '{name}' runs in one process")
-    elif not {"-h", "--help"} & set(rest):
-        distributed.start(launch, preemptible=name == "train")
+    if name not in DISTRIBUTED and launch.coordinator is not None:
+        raise UserError(f"--coordinator: '{name}' runs in one process")
+    with preemption.before_training() if name == "train" else contextlib.nullcontext():
+        if name in DISTRIBUTED and not {"-h", "--help"} & set(rest):
+            distributed.start(launch, preemptible=name == "train")
+        _call(name, rest)
+
+
+def _call(name: str, rest: Sequence[str]) -> None:
     if name in OWN_ARGUMENTS:
         OWN_ARGUMENTS[name](rest)
     elif name in COMMANDS:
-        tyro.cli(COMMANDS[name], prog=f"{PROGRAM} {name}", args=rest)
+        tyro.cli(COMMANDS[name], prog=f"{PROGRAM} {name}", args=list(rest))
     else:
         from hirescam_jax.config import nearest
 

@@ -148,6 +148,14 @@ def check_types(value: Any, where: str, field: str = "config") -> None:
             raise UserError(f"{where}: {name} must be {_spell(hint)}, got {item!r}")
 
 
+def check_sizes(config: Config) -> None:
+    """Raises UserError for a number that no training can have."""
+    least_of = {"batch_size": 1, "micro_batches": 1, "epochs": 1, "save_steps": 0}
+    for name, least in least_of.items():
+        if getattr(config, name) < least:
+            raise UserError(f"config.{name} must be at least {least}, got {getattr(config, name)}")
+
+
 def to_json(config: Config) -> str:
     """The config as indented JSON; a union's member is named by `type`."""
 

@@ -4,15 +4,23 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from hirescam_jax import sharding
-from hirescam_jax.config import Config
+from hirescam_jax.config import Config, check_sizes
 from hirescam_jax.data.pipeline import open_split
 from hirescam_jax.sharding import Layout
-from hirescam_jax.step import compile_train_step, make_optimizer, open_layout
+from hirescam_jax.step import (
+    batch_loss,
+    compile_train_step,
+    init_state,
+    make_optimizer,
+    open_layout,
+)
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 _COLLECTIVE = re.compile(rf"= (?P<type>.+?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
@@ -95,10 +103,12 @@ def _itemsize(dtype: str) -> int:
 class StepCost:
     """Of one train step on one device.
 
-    flops, bytes_accessed: XLA's count of operations, and of bytes as if there were no cache.
+    flops: of the forward pass and the gradients of its share of the batch (`step_flops`).
+    bytes_accessed: XLA's count, as if there were no cache. XLA counts the body of a loop once, so
+        with micro-batches this is that of one of them, times their number.
     memory: most bytes at once, as XLA plans it: state, batch and temporaries.
     temporary: the part of them that only lives during the step.
-    exchanges: between devices.
+    exchanges: between devices; of those inside the loop over micro-batches, one turn.
     """
 
     flops: float
@@ -108,17 +118,45 @@ class StepCost:
     exchanges: tuple[Collective, ...]
 
 
+def step_flops(config: Config, layout: Layout, labels: int, regions: int) -> float:
+    """Operations of a train step on one device: XLA's count for the loss of one volume and its
+    gradients, times a device's share of the volumes.
+
+    It is that of the program as it is written. In a compiled one XLA counts a loop over
+    micro-batches once, and convolutions that are calls of a GPU's library not at all.
+    """
+    init = partial(init_state, config, make_optimizer(config, 1), tuple(layout.shape))
+    state = jax.eval_shape(init)
+    batch = {
+        "volume": jax.ShapeDtypeStruct((1, *layout.shape), np.int16),
+        "findings": jax.ShapeDtypeStruct((1, labels, regions), np.uint8),
+        "regions": jax.ShapeDtypeStruct((1, regions, *layout.grid), np.uint8),
+        "index": jax.ShapeDtypeStruct((1,), np.int32),
+    }
+    gradient = jax.jit(jax.grad(partial(batch_loss, config=config, depth=None), has_aux=True))
+    key = jax.eval_shape(jax.random.key, 0)
+    lowered = gradient.lower(state.params, state.batch_stats, batch, key)
+    analysis: Any = lowered.cost_analysis() or {}
+    return float(analysis.get("flops", 0.0)) * layout.batch_size / layout.mesh.size
+
+
 def step_cost(config: Config, layout: Layout, labels: int, regions: int) -> StepCost:
     """Compiles the train step of a config for a mesh, without data, and without running it."""
     config = dataclasses.replace(config, model=config.model.clone(num_labels=labels))
     optimizer = make_optimizer(config, 1000)
     compiled = compile_train_step(config, optimizer, layout, labels, regions)
-    analysis: Any = compiled.cost_analysis() or {}
+    part = compiled
+    if config.micro_batches > 1:
+        size = config.batch_size // config.micro_batches
+        alone = dataclasses.replace(config, batch_size=size, micro_batches=1)
+        smaller = dataclasses.replace(layout, batch_size=size, micro_batches=1)
+        part = compile_train_step(alone, optimizer, smaller, labels, regions)
+    analysis: Any = part.cost_analysis() or {}
     memory: Any = compiled.memory_analysis()
     outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return StepCost(
-        flops=analysis.get("flops", 0.0),
-        bytes_accessed=analysis.get("bytes accessed", 0.0),
+        flops=step_flops(config, layout, labels, regions),
+        bytes_accessed=analysis.get("bytes accessed", 0.0) * config.micro_batches,
         memory=int(memory.temp_size_in_bytes + outside - memory.alias_size_in_bytes),
         temporary=int(memory.temp_size_in_bytes),
         exchanges=tuple(collectives(compiled.as_text())),
@@ -158,6 +196,7 @@ def dry_run(config: Config, memory_gib: float) -> str:
     Raises:
         UserError: as `hirescam train` does, before it starts.
     """
+    check_sizes(config)
     source = open_split(config.data, "train", (1, 1, 1), config.labels)
     shape, counts = tuple(source.shape), (len(source.labels), len(source.regions))
     layout = open_layout(config, shape)

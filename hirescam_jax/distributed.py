@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from hirescam_jax.errors import UserError
+from hirescam_jax.errors import StartError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def start(launch: Launch, *, preemptible: bool = False) -> None:
         preemptible: SIGTERM is a notice to all processes (see `preemption`) and does not end one.
 
     Raises:
-        UserError: the others do not come within `launch.start_timeout`.
+        StartError: the others do not come within `launch.start_timeout`.
     """
     place, devices = (launch.coordinator, launch.num_processes, launch.process_id), None
     if launch.coordinator is None:
@@ -148,7 +148,8 @@ def meet(coordinator: str, count: int, number: int, timeout: float) -> None:
     """Returns in all `count` processes once all have called it.
 
     Raises:
-        UserError: not all of them came in time; it names those that are missing.
+        StartError: not all of them came in time; it names those that are missing.
+        UserError: two of them have the same number, or the port cannot be opened.
     """
     deadline = time.monotonic() + timeout
     if number == 0:
@@ -179,7 +180,7 @@ def _host(coordinator: str, count: int, timeout: float, deadline: float) -> None
             number = _greeting(guest, count)
             if number in guests:
                 answer = f"two processes have --process-id {number}"
-                _tell([guest, *guests.values()], answer)
+                _tell([guest, *guests.values()], f"wrong {answer}")
                 raise UserError(answer)
             if number is not None:
                 guests[number] = guest
@@ -187,9 +188,9 @@ def _host(coordinator: str, count: int, timeout: float, deadline: float) -> None
         answer = ""
         if missing:
             answer = f"after {timeout:g} seconds {_spell(missing)} of {count} had not started"
-        _tell(list(guests.values()), answer or "go")
+        _tell(list(guests.values()), f"late {answer}" if missing else "go")
         if missing:
-            raise UserError(f"{answer}: see their output")
+            raise StartError(f"{answer}: see their output")
 
 
 def _greeting(guest: socket.socket, count: int) -> int | None:
@@ -226,12 +227,14 @@ def _join(coordinator: str, count: int, number: int, timeout: float, deadline: f
             answer = connection.makefile("r").readline().strip()
         if not answer:
             time.sleep(min(0.2, left))
-    if answer != "go":
-        raise UserError(
-            answer
-            or f"no coordinator at {coordinator} after {timeout:g} seconds: is process 0 running, "
+    if not answer:
+        raise StartError(
+            f"no coordinator at {coordinator} after {timeout:g} seconds: is process 0 running, "
             "and can this host reach that address and port?"
         )
+    word, _, reason = answer.partition(" ")
+    if word != "go":
+        raise (StartError if word == "late" else UserError)(reason)
 
 
 def _address(coordinator: str) -> tuple[str, int]:
@@ -333,6 +336,7 @@ def leave(code: int) -> NoReturn:
 
 def peer_lost(error: BaseException) -> bool:
     """Whether an error says that another process has gone away."""
-    signs = ("gloo", "nccl", "heartbeat", "coordination", "connection reset", "closed by peer")
+    # Not the libraries' names, which their complaints about this process bear too.
+    signs = ("closed by peer", "reset by peer", "heartbeat", "another task", "ncclremoteerror")
     text = str(error).lower()
     return jax.distributed.is_initialized() and any(sign in text for sign in signs)

@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class StartError(UserError):
+    """The other processes of a run did not come in time: worth another try, so exit code 1."""
+
+
 class Preempted(Exception):  # noqa: N818 (not an error)
     """A signal stopped the training, which is saved: the message tells the step.
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from hirescam_jax import distributed, sharding
 from hirescam_jax.cam import Method
 from hirescam_jax.checkpoint import Run, checksums
+from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config
 from hirescam_jax.data.grid import feature_affine
 from hirescam_jax.data.pipeline import eval_batches
@@ -184,9 +185,6 @@ def _attributes(
 ) -> dict[str, Any]:
     """What is kept beside the maps; of these `SAME` is compared."""
     sums = [int(x) for x in jax.tree.leaves(checksums(jax.device_get(run.variables), np))]
-    volumes = [
-        [id, place.checksum] for id, (_, place) in zip(source.ids, source.places, strict=True)
-    ]
     return {
         "labels": [run.labels[k] for k in chosen],
         "method": method,
@@ -195,7 +193,7 @@ def _attributes(
         "model": _digest([repr(run.config.model), repr(run.config.preprocess), sums]),
         "store": str(source.path),
         "split": split,
-        "data": _digest(volumes),
+        "data": source.digest,
         "grid": list(grid),
         "shape": list(run.shape),
         "spacing_mm": list(run.spacing_mm),
@@ -293,7 +291,8 @@ def explain_program(
         logits = logits if labels is None else logits[:, np.asarray(labels)]
         return logits, maps[method].astype(jnp.float32)
 
-    return jax.jit(program, out_shardings=NamedSharding(layout.mesh, PartitionSpec(DATA)))
+    split = NamedSharding(layout.mesh, PartitionSpec(DATA))
+    return jax.jit(program, out_shardings=split, compiler_options=compiler_options())
 
 
 def head_bias(run: Run) -> Float[np.ndarray, " K"]:

@@ -180,18 +180,15 @@ class Share:
         """All volumes of a batch, whole."""
         return cls(batch_size, tuple(range(batch_size)))
 
-    def cut(self, item: dict[str, Any]) -> dict[str, Any]:
-        """A whole item of a data set -> what the process needs of it, padded with zeros."""
-        if self.slices is None or self.cells is None:
-            return item
-        volume = _padded_range(np.asarray(item["volume"]), *self.slices, axis=0)
-        masks = {n: np.asarray(item[n]) for n in ("regions", "lesions") if n in item}
-        masks = {name: self.cut_regions(mask) for name, mask in masks.items()}
-        return {**item, "volume": volume, **masks}
-
     def cut_regions(self, regions: np.ndarray) -> np.ndarray:
-        """Masks [..., d, h, w] of a whole volume -> those of the process's cells."""
-        return regions if self.cells is None else _padded_range(regions, *self.cells, axis=-3)
+        """Masks [..., d, h, w] of a whole volume -> those of the process's cells, with zeros behind
+        the last real one."""
+        if self.cells is None:
+            return regions
+        first, last = self.cells
+        part = regions[..., first:last, :, :]
+        missing = last - first - part.shape[-3]
+        return np.pad(part, [*[(0, 0)] * (part.ndim - 3), (0, missing), (0, 0), (0, 0)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,13 +286,3 @@ class Layout:
             shape[2] = self.padded_cells
         sharding = NamedSharding(self.mesh, SPECS[name])
         return jax.make_array_from_process_local_data(sharding, value, tuple(shape))
-
-
-def _padded_range(x: np.ndarray, first: int, last: int, axis: int) -> np.ndarray:
-    """x[first:last] along an axis, with zeros behind the end of x."""
-    axis %= x.ndim
-    part = x[(*[slice(None)] * axis, slice(first, last))]
-    missing = last - first - part.shape[axis]
-    if not missing:
-        return part
-    return np.pad(part, [(0, missing if i == axis else 0) for i in range(x.ndim)])

@@ -112,10 +112,7 @@ def batch_loss(
         mutable=["batch_stats"],
     )
 
-    def head(features):
-        rngs = {"dropout": key}
-        return model.apply({"params": params}, features, True, cells, method="head", rngs=rngs)
-
+    head = head_of(model, {"params": params}, cells, dropout=key)
     class_loss = classification_loss(head(features), labels_of(batch["findings"]))
     attention_loss = jnp.zeros_like(class_loss)
     if config.mask_weight > 0:
@@ -125,6 +122,17 @@ def batch_loss(
     metrics = {"loss": loss, "class_loss": class_loss, "mask_loss": attention_loss}
     share = jax.tree.map(lambda x: x / sharding.parts(DATA), metrics)
     return share["loss"], (updates.get("batch_stats", batch_stats), share)
+
+
+def head_of(model: Any, variables: Any, cells: int | None, dropout: Array | None = None) -> Any:
+    """The model's head as a function of features alone, for `cam`; dropout: its key in training."""
+    training = dropout is not None
+    options: dict[str, Any] = {"rngs": {"dropout": dropout}} if training else {}
+
+    def head(features: Array) -> Array:
+        return model.apply(variables, features, training, cells, method="head", **options)
+
+    return head
 
 
 def forbidden_attention(
@@ -170,9 +178,7 @@ def eval_step(
     volume = config.preprocess.normalize(batch["volume"])
     features = model.apply(variables, volume, False, cells, method="features")
 
-    def head(features):
-        return model.apply(variables, features, False, cells, method="head")
-
+    head = head_of(model, variables, cells)
     attention = hirescam(head, features) * attention_scale(model, features, cells)
 
     def of_each(loss: Callable[..., Array], *arrays: Array) -> Array:

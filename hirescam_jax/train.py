@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from hirescam_jax import checkpoint, distributed, sharding
-from hirescam_jax.config import Config
+from hirescam_jax.config import Config, check_sizes
+from hirescam_jax.costs import step_flops
 from hirescam_jax.data.pipeline import Source, eval_batches, open_split, train_batches
 from hirescam_jax.errors import Preempted, UserError
 from hirescam_jax.preemption import Preemption
@@ -60,10 +61,7 @@ def train(
             finite number, bad data.
         Preempted: SIGTERM or SIGUSR1 came; the run is saved, to be continued with `resume`.
     """
-    least_of = {"batch_size": 1, "micro_batches": 1, "epochs": 1, "save_steps": 0}
-    for name, least in least_of.items():
-        if getattr(config, name) < least:
-            raise UserError(f"config.{name} must be at least {least}, got {getattr(config, name)}")
+    check_sizes(config)
     training, validation = sources or (open_data(config, "train"), open_data(config, "val"))
     model = config.model.clone(num_labels=len(training.labels))
     config = dataclasses.replace(config, model=model)
@@ -81,7 +79,7 @@ def train(
         )
     epoch_steps = len(training) // config.batch_size
     optimizer = make_optimizer(config, epoch_steps * config.epochs)
-    header = checkpoint.Header.of(config, training)
+    header = checkpoint.Header.of(config, training, validation)
     # A run that is resumed has its own weights, and does without the file.
     start = {} if resume else start_of(config, layout.shape)
     facts = header.facts(training=len(training), validation=len(validation))
@@ -103,8 +101,9 @@ def train(
     batches = train_batches(
         training, layout.share, seed=config.seed, start_step=step, workers=config.workers
     )
-    watch, trace = Watch(step_fn), Trace(run_dir, step, profile_steps)
-    with Log(run_dir, step) as log, saver, Preemption() as stop, trace:
+    watch = Watch(step_flops(config, layout, *counts))
+    trace = Trace(run_dir, step, profile_steps)
+    with Log(run_dir, step) as log, Preemption() as stop, saver, trace:
         while epoch < config.epochs and epoch - saver.best_epoch(epoch_steps) < config.patience:
             first, end, pending = step, (epoch + 1) * epoch_steps, None
             for _ in progress(range(step, end), f"epoch {epoch + 1}/{config.epochs}", "step"):
@@ -124,15 +123,23 @@ def train(
                         saver.save(step, state)
             with watch("device"):
                 log.step(step, pending, None)
-            figures = watch.figures(step - first, (step - first) * config.batch_size)
-            losses = validate(eval_fn, state, validation, config, eval_layout, stop)
             with watch("checkpoint"):
-                saver.save(step, state, losses)
+                saver.save(step, state)  # written during the validation
+            with watch("validation"):
+                losses = validate(eval_fn, state, validation, config, eval_layout, stop)
             if losses is None:
                 saver.wait()
                 raise Preempted(f"{run_dir}: stopped by a signal, saved at step {step}")
+            if not math.isfinite(losses["loss"]):
+                saver.set_aside(step)
+                raise UserError(
+                    f"validation loss is {losses['loss']}: the training diverged; lower "
+                    "config.optimizer.learning_rate (the last good checkpoint is kept)"
+                )
+            with watch("checkpoint"):
+                saver.save(step, state, losses)
+            figures = watch.figures(step - first, (step - first) * config.batch_size)
             log.epoch(step, epoch, losses, figures)
-            watch.figures(0, 0)
             epoch += 1
     return checkpoint.load_run(run_dir)
 
@@ -147,18 +154,13 @@ def validate(
 ) -> dict[str, float] | None:
     """Mean losses over a split; None if a signal stopped it."""
     totals: dict[str, Any] = {}
-    for batch in eval_batches(source, layout.share, workers=config.workers):
+    batches = eval_batches(source, layout.share, workers=config.workers)
+    for _ in range(-(-len(source) // layout.batch_size)):
         if stop.reached():
             return None
-        sums = eval_fn(state.variables, layout.to_devices(batch))
+        sums = eval_fn(state.variables, layout.to_devices(next(batches)))
         totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
-    losses = {name: float(total) / len(source) for name, total in totals.items()}
-    if not math.isfinite(losses["loss"]):
-        raise UserError(
-            f"validation loss is {losses['loss']}: the training diverged; lower "
-            "config.optimizer.learning_rate (the last good checkpoint is kept)"
-        )
-    return losses
+    return {name: float(total) / len(source) for name, total in totals.items()}
 
 
 def start_of(config: Config, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -30,26 +30,26 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
-PARTS = ("input", "device", "checkpoint")
+PARTS = ("input", "device", "checkpoint")  # of the time of the steps
 
 
 class Watch:
-    """Adds up what the parts of an epoch take.
+    """Adds up what the parts of an epoch take; flops: of a step on one device.
 
     with watch("input"): ...       named parts; the rest is Python between them
+    with watch("validation"): ...  does not count
     watch.figures(steps, volumes)  of the time since the last call
     """
 
-    def __init__(self, step: Any):
-        analysis = step.cost_analysis() or {}
-        self.flops = float(analysis.get("flops", 0.0))
+    def __init__(self, flops: float):
+        self.flops = flops
         self.device = jax.local_devices()[0]
         self.peak = peak_flops(self.device.device_kind)
         self._start_again()
 
     def _start_again(self) -> None:
         self.start = time.perf_counter()
-        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys((*PARTS, "validation"), 0.0)
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -64,13 +64,13 @@ class Watch:
 
         step_seconds, of which input_seconds (waiting for data and copying it to the devices),
         device_seconds (waiting for the devices) and checkpoint_seconds; volumes_per_second;
-        flop_utilisation: XLA's count of a device's FLOPs over its peak (where that is known);
+        flop_utilisation: a device's FLOPs over its peak (where that is known);
         device_gib: most memory used so far (where the device tells).
         """
-        elapsed = time.perf_counter() - self.start
+        elapsed = time.perf_counter() - self.start - self.seconds["validation"]
         count = max(steps, 1)
         figures = {"step_seconds": elapsed / count, "volumes_per_second": volumes / elapsed}
-        figures |= {f"{part}_seconds": taken / count for part, taken in self.seconds.items()}
+        figures |= {f"{part}_seconds": self.seconds[part] / count for part in PARTS}
         if self.peak:
             figures["flop_utilisation"] = self.flops * steps / elapsed / self.peak
         memory = self.device.memory_stats() or {}
@@ -82,10 +82,10 @@ class Watch:
 
 class Trace:
     """A profile of `steps` steps, from the third of this process on, when all is compiled; for
-    TensorBoard or xprof, in `profile` of the run folder."""
+    TensorBoard or xprof, in `profile/PROCESS` of the run folder."""
 
     def __init__(self, run_dir: Path, first_step: int, steps: int):
-        self.folder = run_dir / "profile"
+        self.folder = run_dir / "profile" / str(jax.process_index())
         self.begin, self.end = first_step + 2, first_step + 2 + steps
         self.running = False
 

@@ -6,6 +6,7 @@ set -euo pipefail
 run=
 for ((i = 1; i <= $#; i++)); do
   if [[ ${!i} == --run ]]; then j=$((i + 1)) && run=${!j}; fi
+  if [[ ${!i} == --run=* ]]; then run=${!i#--run=}; fi
 done
 resume=()
 [[ -n $run && -e $run/run.json ]] && resume=(--resume)

@@ -18,6 +18,7 @@ import numpy as np
 
 from hirescam_jax.cam import METHODS
 from hirescam_jax.config import SGD, Config
+from hirescam_jax.data.pipeline import make_batch
 from hirescam_jax.evaluate import EVALUATED, explain_step
 from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet
 from hirescam_jax.preprocess import Preprocess
@@ -82,8 +83,14 @@ def batch_of(config: Config, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 def laid_out(layout: Layout, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    items = [layout.share.cut({n: v[row] for n, v in batch.items()}) for row in layout.share.rows]
-    return layout.to_devices({name: np.stack([i[name] for i in items]) for name in batch})
+    class Items:
+        shape = batch["volume"].shape[1:]
+
+        def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+            return {name: value[row] for name, value in batch.items()}
+
+    items: Any = Items()
+    return layout.to_devices(make_batch(items, layout.share.rows, layout.share))
 
 
 def results(out: Path, name: str, run: str, dtype: str) -> dict[str, np.ndarray]:

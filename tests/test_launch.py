@@ -33,16 +33,53 @@ def test_scripts_are_valid_bash(script):
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_local_resumes_what_exists(tmp_path, exists):
+@pytest.mark.parametrize("equals", [False, True])
+def test_local_resumes_what_exists(tmp_path, exists, equals):
+    run = tmp_path / "my run"
     if exists:
-        (tmp_path / "my run").mkdir()
-        (tmp_path / "my run" / "run.json").touch()
-    given = ["config.py", "--run", str(tmp_path / "my run"), "--seed", "3"]
+        run.mkdir()
+        (run / "run.json").touch()
+    given = ["config.py", *([f"--run={run}"] if equals else ["--run", str(run)]), "--seed", "3"]
     subprocess.run(
         [LAUNCH / "local.sh", *given], env=arguments_to(tmp_path, "hirescam"), check=True
     )
     got = (tmp_path / "hirescam.txt").read_text().splitlines()
     assert got == ["train", *given, *(["--resume"] if exists else [])]
+
+
+@pytest.mark.parametrize(
+    ("script", "again"),
+    [
+        ("exit 0", False),
+        ("exit 1", False),
+        ("exit 2", False),
+        ("exit 75", True),
+        ("kill -USR1 $$", True),  # before a training handles it
+        ("kill -TERM $$", True),
+        ("trap 'exit 75' USR1; kill -TERM $PPID; sleep 9 & wait", True),
+        ("trap 'exit 134' USR1; kill -TERM $PPID; sleep 9 & wait", True),
+        ("trap 'exit 2' USR1; kill -USR1 $PPID; sleep 9 & wait", False),
+        ("trap 'exit 0' USR1; kill -USR1 $PPID; sleep 9 & wait", False),
+    ],
+)
+def test_when_a_slurm_job_queues_itself_again(tmp_path, script, again):
+    given = ["config.py", "--run", str(tmp_path / "run")]
+    variables = arguments_to(tmp_path, "scontrol")
+    srun = tmp_path / "srun"
+    srun.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "{srun}.txt"\n{script}\n')
+    srun.chmod(0o755)
+    done = subprocess.run(
+        [LAUNCH / "slurm.sbatch", *given],
+        env={**variables, "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "6"},
+        timeout=8,
+    )
+    asked = (tmp_path / "srun.txt").read_text().splitlines()
+    assert "--cpus-per-task=6" in asked
+    assert asked[-len(given) - 2 :] == ["hirescam", "train", *given]
+    assert (tmp_path / "scontrol.txt").exists() == again
+    if again:
+        assert (tmp_path / "scontrol.txt").read_text().split() == ["requeue", "7"]
+    assert done.returncode != 0 or "exit 0" in script
 
 
 def test_a_part_of_an_array(tmp_path):
@@ -55,10 +92,13 @@ def test_a_part_of_an_array(tmp_path):
     assert got == ["prepare", *given, "--shard", "2/4", "--workers", "6"]
 
 
+PLACE = ["pod", "europe-west4-b", "v5litepod-64", "gs://b/code"]
+
+
 def test_what_is_sent_for_a_tpu_pod():
-    place = ["pod", "europe-west4-b", "v5litepod-64", "gs://b/hirescam.whl"]
     done = subprocess.run(
-        [LAUNCH / "tpu_pod.sh", "--dry-run", *place, "--", "c.py", "--run", "/mnt/my runs/x"],
+        [LAUNCH / "tpu_pod.sh", "--dry-run", *PLACE, "--", "c.py", "--run", "/mnt/my runs/x"],
+        env={**os.environ, "SETUP": "sudo mount share /mnt"},
         capture_output=True,
         text=True,
         check=True,
@@ -74,7 +114,84 @@ def test_what_is_sent_for_a_tpu_pod():
     script = words[words.index("--command") + 1]
     subprocess.run(["bash", "-n", "-c", script], check=True)
     assert "hirescam train c.py --run /mnt/my\\ runs/x  $resume" in script
+    assert script.index("sudo mount share /mnt") < script.index("[ -e /mnt/my\\ runs/x/run.json ]")
     assert "queued-resources delete pod" in delete
+
+
+# What the cloud answers: the states of the slice, one after the other, and how the trainings end.
+GCLOUD = """#!/usr/bin/env bash
+next() {{ head -n 1 {0}/$1; sed -i 1d {0}/$1; }}
+case "$*" in
+  *describe*) state=$(next states); [[ $state != none ]] && echo "$state" ;;
+  *ssh*) echo ssh >> {0}/done; exit "$(next ends)" ;;
+  *) echo "$4" >> {0}/done ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("states", "ends", "done", "code"),
+    [
+        ("none PROVISIONING ACTIVE", "0", "create ssh delete", 0),
+        ("ACTIVE", "0", "ssh delete", 0),
+        ("SUSPENDED none ACTIVE", "0", "delete create create ssh delete", 0),
+        ("FAILED ACTIVE", "0", "delete create ssh delete", 0),
+        # Preempted while it trains, which is seen a while later.
+        (
+            "ACTIVE SUSPENDING SUSPENDING SUSPENDED ACTIVE",
+            "255 0",
+            "ssh delete create ssh delete",
+            0,
+        ),
+        ("ACTIVE ACTIVE", "2", "ssh delete", 2),
+        ("none none none none none none", "", "create create create create create delete", 1),
+    ],
+)
+def test_a_tpu_slice_is_asked_for_until_the_training_is_done(tmp_path, states, ends, done, code):
+    (tmp_path / "states").write_text(states.replace(" ", "\n") + "\n")
+    (tmp_path / "ends").write_text(ends.replace(" ", "\n") + "\n")
+    for name, text in (("gcloud", GCLOUD.format(tmp_path)), ("sleep", "#!/bin/sh\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    ended = subprocess.run(
+        [LAUNCH / "tpu_pod.sh", *PLACE, "--", "c.py", "--run", "/mnt/x"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        timeout=20,
+    )
+    assert ended.returncode == code
+    assert (tmp_path / "done").read_text().split() == done.split()
+    assert (tmp_path / "states").read_text().split() == []
+
+
+def test_the_wheel_and_the_config_are_what_a_host_installs(tmp_path):
+    """The script that the hosts are given, with programs that stand in for theirs."""
+    script = "; ".join(
+        [
+            'gcloud() { touch hirescam_jax-0.1.0-py3-none-any.whl c.py; echo "gcloud $*"; }',
+            'python3() { echo "python3 $*"; mkdir -p env/bin; ln -sf /bin/echo env/bin/hirescam; }',
+        ]
+    )
+    dry = subprocess.run(
+        [LAUNCH / "tpu_pod.sh", "--dry-run", *PLACE, "--", "c.py", f"--run={tmp_path}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()[1]
+    (tmp_path / "run.json").touch()
+    said = subprocess.run(
+        ["bash", "-c", f'{script}; words=({dry}); eval "${{words[-1]}}"'],
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert said == [
+        "gcloud storage cp -r gs://b/code/* .",
+        "python3 -m pip install -q --user uv",
+        "python3 -m uv venv -q -p 3.12 env",
+        "python3 -m uv pip install -q -p env jax[tpu] ./hirescam_jax-0.1.0-py3-none-any.whl",
+        f"train c.py --run={tmp_path} --resume --start-timeout 1800",
+    ]
 
 
 def test_tpu_pod_needs_its_arguments():

@@ -1,5 +1,6 @@
 """Signals that stop a training, checkpoints that are damaged: it continues exactly."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,9 +15,11 @@ import pytest
 from processes import Done, Group, run
 from test_train import Cases, compilation_cache, config_of, losses_of, run_training  # noqa: F401
 
+from hirescam_jax import integrity
 from hirescam_jax.checkpoint import checksums, load_run
-from hirescam_jax.errors import Preempted, UserError
+from hirescam_jax.errors import Preempted, StartError, UserError
 from hirescam_jax.preemption import Preemption
+from hirescam_jax.train import train
 
 
 def same(run: Path, other: Path) -> None:
@@ -58,6 +61,32 @@ def test_a_stopped_training_continues_exactly(monkeypatch, tmp_path, whole, call
         with pytest.raises(Preempted, match=rf"stopped by a signal, saved at step {step}"):
             run_training(config_of(), folder)
     assert steps_of(folder)[-1] == step
+    if step == 2:  # the end of an epoch that waits for its validation: it is not written again
+        saved = (folder / "checkpoints" / "2").stat().st_ino
+        run_training(config_of(epochs=1), folder, resume=True)
+        assert (folder / "checkpoints" / "2").stat().st_ino == saved
+    run_training(config_of(), folder, resume=True)
+    same(folder, whole)
+
+
+def test_an_epoch_is_on_disk_while_it_is_validated(tmp_path, whole):
+    folder = tmp_path / "run"
+
+    class Killing(Cases):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            if self.reads > 4:  # in the second epoch, where two batches of two are read too
+                for _ in range(200):
+                    if 4 in steps_of(folder):
+                        raise KeyboardInterrupt
+                    time.sleep(0.1)
+            return super().__getitem__(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(), folder, sources=(Cases(5), Killing(3, seed=1)))
+    assert [line[:2] for line in losses_of(folder)][-1] == (3, "train")
     run_training(config_of(), folder, resume=True)
     same(folder, whole)
 
@@ -83,21 +112,33 @@ def test_patience_counts_epochs_whatever_is_saved_between(tmp_path):
     assert best.step == 2 * (lowest + 1)
 
 
+def test_a_training_that_is_stopped_reads_no_more_data(monkeypatch, tmp_path):
+    class Unread(Cases):
+        def __getitem__(self, index):
+            raise AssertionError("read")
+
+    def reached(self):
+        self.noticed = True
+        return True
+
+    monkeypatch.setattr(Preemption, "reached", reached)
+    with pytest.raises(Preempted, match="saved at step 1"):
+        train(config_of(), tmp_path / "run", sources=(Cases(5), Unread(3)))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_first_signal_is_a_notice_and_the_second_what_it_was(number):
+def test_signals_are_a_notice_however_many_come(number):
     got = []
     before = signal.signal(number, lambda *_: got.append(number))
     try:
         with Preemption() as stop:
             assert not stop.reached()
-            os.kill(os.getpid(), number)
-            assert stop.reached()
-            assert stop.reached()
+            for _ in range(3):
+                os.kill(os.getpid(), number)
+                assert stop.reached()
             assert got == []
-            os.kill(os.getpid(), number)
-            assert got == [number]
         os.kill(os.getpid(), number)
-        assert got == [number, number]
+        assert got == [number]
     finally:
         signal.signal(number, before)
 
@@ -163,6 +204,36 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(capsys, tmp_path, who
     same(folder, whole)
 
 
+FAILURES = {
+    "an error of the system": OSError(errno.EIO, "Input/output error"),
+    "TensorStore's word for it": ValueError("Error reading: [OS error 116: ESTALE]"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("times", [1, integrity.TRIES])
+def test_storage_that_fails_is_no_damage(monkeypatch, tmp_path, whole, failure, times):
+    folder, left = tmp_path / "run", [FAILURES[failure]] * times
+    shutil.copytree(whole, folder)
+    load = integrity.ocp.load_checkpointables
+
+    def failing(*arguments):
+        if left:
+            raise RuntimeError("cannot load") from left.pop()
+        return load(*arguments)
+
+    monkeypatch.setattr(integrity.ocp, "load_checkpointables", failing)
+    monkeypatch.setattr(integrity, "PAUSE_SECONDS", 0)
+    if times < integrity.TRIES:
+        run_training(config_of(), folder, resume=True)
+        same(folder, whole)
+    else:
+        with pytest.raises(StartError, match=r"checkpoints/6: cannot be read .*: try again"):
+            run_training(config_of(), folder, resume=True)
+    assert steps_of(folder) == steps_of(whole)
+    assert not list(folder.glob("damaged-*"))
+
+
 def test_all_checkpoints_damaged(tmp_path, whole):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
@@ -209,6 +280,72 @@ def test_checksums_tell_any_change():
 
 
 # -- real processes -------------------------------------------------------------------------------
+
+# A training that says how far it is, and saves for a while.
+STANDING_IN = """
+import sys, time
+from pathlib import Path
+import hirescam_jax.train
+from hirescam_jax import cli
+from hirescam_jax.errors import Preempted
+from hirescam_jax.preemption import Preemption
+
+def train(config, run, **_):
+    print("started", flush=True)
+    while not run.exists():
+        time.sleep(0.02)
+    with Preemption() as stop:
+        print("training", flush=True)
+        while not stop.reached():
+            time.sleep(0.02)
+        print("saving", flush=True)
+        time.sleep(2)
+    raise Preempted("saved")
+
+hirescam_jax.train.train = train
+cli.main(sys.argv[1:])
+"""
+
+
+def said(group: Group, word: str, *numbers: int) -> None:
+    for number in numbers:
+        pipe = group.processes[number].stdout
+        assert pipe is not None
+        assert pipe.readline().strip() == word
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_training(tmp_path):
+    with Group(1, ["train", "--run", tmp_path / "go"], script=STANDING_IN) as group:
+        said(group, "started", 0)
+        group.send(0, signal.SIGUSR1)
+        (end,) = group.wait()
+    assert (end.code, end.err) == (75, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "early"), [(1, False), (2, True)])
+def test_more_signals_do_not_disturb_the_saving(tmp_path, count, early):
+    """With others, one that comes before the training stops it as soon as it has begun."""
+    both, numbers = (signal.SIGTERM, signal.SIGUSR1), range(count)
+    with Group(count, ["train", "--run", tmp_path / "go"], script=STANDING_IN) as group:
+        said(group, "started", *numbers)
+        if early:
+            group.send(count - 1, signal.SIGUSR1)
+        (tmp_path / "go").touch()
+        said(group, "training", *numbers)
+        if not early:
+            group.send(0, signal.SIGTERM)
+        said(group, "saving", *numbers)
+        for _ in range(10):
+            for number in numbers:
+                for what in both:
+                    group.send(number, what)
+            time.sleep(0.05)
+        ends = group.wait()
+    assert [end.code for end in ends] == [75] * count, ends
+    assert all("hirescam: saved" in end.err for end in ends)
+
 
 CONFIG = """
 from hirescam_jax.config import Config, PhantomData, SGD
@@ -272,6 +409,39 @@ def test_a_signal_to_one_process_stops_all_and_fewer_continue(tmp_path):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *parts)
     lines = [json.loads(line) for line in losses_of_lines(folder)]
     assert [line["step"] for line in lines if line["split"] == "train"] == list(range(160))
+
+
+DYING = """
+import os, signal, sys
+from hirescam_jax import cli
+from hirescam_jax.checkpoint import Saver
+own = sys.argv[sys.argv.index("--process-id") + 1]
+number, last = sys.argv.pop(1).split(",")
+save = Saver.save
+def dying(self, step, *rest):
+    save(self, step, *rest)
+    if own == number and step == int(last):  # while it is written
+        os.kill(os.getpid(), signal.SIGKILL)
+Saver.save = dying
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.long
+def test_a_process_that_is_killed_while_all_save(tmp_path):
+    """First one, then the other: each time the other ends too, and all continue exactly."""
+    more = {"cache": tmp_path / "cache"}
+    run(2, command(tmp_path, "whole", "--epochs", 1), **more)
+    line = command(tmp_path, "run", "--epochs", 1, "--save-steps", 1)
+    for number, step in ((1, 5), (0, 9)):
+        with Group(2, [f"{number},{step}", *line], script=DYING, **more) as group:
+            ends = group.wait(90)  # kills what still runs then
+        assert ends[number].code == -signal.SIGKILL
+        assert ends[1 - number].code in (1, -signal.SIGABRT), ends
+        assert max(steps_of(tmp_path / "run")) in (step - 1, step)
+        line = command(tmp_path, "run", "--epochs", 1, "--save-steps", 1, "--resume")
+    run(2, line, **more)
+    same(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The train step against PyTorch, and the loop: resuming, stopping, checkpoints, bad runs."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -18,8 +19,9 @@ from jax.sharding import Mesh
 from tensorboardX.proto import event_pb2
 
 from hirescam_jax import checkpoint, sharding
+from hirescam_jax import train as train_module
 from hirescam_jax.checkpoint import load_run
-from hirescam_jax.config import SGD, Adam, Config
+from hirescam_jax.config import SGD, Adam, Config, StoreData
 from hirescam_jax.errors import UserError
 from hirescam_jax.models import AxialNet, Conv3DNet
 from hirescam_jax.preprocess import Preprocess, augment
@@ -428,6 +430,24 @@ def test_divergence_stops_the_training_and_keeps_the_last_checkpoint(trained, tm
     jax.tree.map(np.testing.assert_array_equal, kept.variables, good.variables)
 
 
+def test_a_validation_that_is_not_finite_keeps_the_checkpoint_before(
+    monkeypatch, trained, tmp_path
+):
+    run = tmp_path / "run"
+    run_training(config_of(epochs=1), run)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "validate", lambda *_: {"loss": math.nan})
+        with pytest.raises(
+            UserError, match=r"validation loss is nan.*config\.optimizer\.learning_rate"
+        ):
+            run_training(config_of(), run, resume=True)
+    assert load_run(run, "latest").step == 2
+    (aside,) = run.glob("diverged-4-*")
+    assert (aside / "variables").is_dir()
+    run_training(config_of(), run, resume=True)
+    assert losses_of(run) == losses_of(trained.path)
+
+
 @pytest.fixture
 def small_disk():
     """A file system of 4 MiB; only root may make one."""
@@ -504,6 +524,50 @@ def test_resuming_with_other_data(trained):
 
     with pytest.raises(UserError, match=r"trained with labels .* resume with the same data"):
         train(config_of(), trained.path, resume=True, sources=(Others(5), Others(3)))
+
+
+class Hashed(Cases):
+    """Cases that tell what they hold, as a store does."""
+
+    @property
+    def digest(self):
+        return hashlib.sha256(self.volumes.tobytes()).hexdigest()
+
+
+def test_resuming_with_other_volumes_and_from_another_place(tmp_path):
+    run, runs = tmp_path / "run", []
+
+    def go(path: str, training: Cases, epochs: int, **options):
+        config = config_of(data=StoreData(path), epochs=epochs)
+        runs.append(train(config, run, sources=(training, Hashed(3, seed=1)), **options))
+
+    go("first", Hashed(5), 1)
+    with pytest.raises(UserError, match=r"started with other volumes .* split 'train' .*'second'"):
+        go("second", Hashed(6), 2, resume=True)
+    go("second", Hashed(5), 2, resume=True)
+    assert runs[-1].config.data == StoreData("second")
+    config = config_of(data=StoreData("second", "area"))
+    with pytest.raises(UserError, match=r"started with config\.data = .*mask_method='nearest'"):
+        train(config, run, sources=(Hashed(5), Hashed(3, seed=1)), resume=True)
+    # A run of an older version is not known to have the same data elsewhere.
+    header = json.loads((run / "run.json").read_text())
+    digests = header.pop("digests")
+    assert digests == {"train": Hashed(5).digest, "val": Hashed(3, seed=1).digest}
+    (run / "run.json").write_text(json.dumps(header))
+    assert load_run(run).header.digests == {}
+    with pytest.raises(UserError, match=r"started with config\.data = "):
+        go("third", Hashed(5), 3, resume=True)
+    go("second", Hashed(5), 3, resume=True)
+    assert load_run(run, "latest").step == 6
+    assert load_run(run).header.digests == digests
+
+
+def test_facts_tell_what_the_volumes_hold():
+    headers = [checkpoint.Header.of(config_of(), Hashed(5, seed=seed)) for seed in (0, 0, 1)]
+    facts = [header.facts(training=5) for header in headers]
+    assert facts[0] == facts[1]
+    differing = {name for name in facts[0] if facts[0][name] != facts[2][name]}
+    assert differing == {"content of the volumes"}
 
 
 def test_more_volumes_in_a_batch_than_there_are(tmp_path):

@@ -30,7 +30,7 @@ class Source(Protocol):
     [K, d, h, w].
 
     A source that has `read(index, volume_out, slices)` decodes its volumes, or some slices of them,
-    straight into a batch."""
+    straight into a batch. One that has a `digest` tells by it what all its volumes hold."""
 
     @property
     def labels(self) -> tuple[str, ...]: ...
@@ -78,6 +78,11 @@ def open_split(
     return ChosenLabels(source, labels) if labels else source
 
 
+def digest_of(source: Any) -> str:
+    """The `digest` of a source; "" where it has none."""
+    return getattr(source, "digest", "")
+
+
 class ChosenLabels:
     """A source with some of its labels."""
 
@@ -87,7 +92,7 @@ class ChosenLabels:
                 raise UserError(f"config.labels: '{label}' unknown{nearest(label, source.labels)}")
         self.source, self.labels = source, labels
         self.regions, self.shape = source.regions, source.shape
-        self.spacing_mm = source.spacing_mm
+        self.spacing_mm, self.digest = source.spacing_mm, digest_of(source)
         self.rows = [source.labels.index(label) for label in labels]
 
     def __len__(self) -> int:

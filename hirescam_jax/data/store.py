@@ -11,6 +11,7 @@ right -> left. The header comes last, so an interrupted store never reads as who
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import threading
@@ -124,6 +125,14 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def digest(self) -> str:
+        """Of the volumes' names and contents, in their order."""
+        volumes = [
+            [id, place.checksum] for id, (_, place) in zip(self.ids, self.places, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(volumes).encode()).hexdigest()[:16]
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
         """volume int16 [D, H, W], findings uint8 [K, R], regions uint8 [R, d, h, w], index."""
