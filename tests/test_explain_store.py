@@ -352,7 +352,7 @@ def test_evaluation_on_processes_is_that_of_one(folder, tmp_path):
     for path, value in jax.tree_util.tree_leaves_with_path(two):
         expected = one
         for key in path:
-            expected = expected[key.key]
+            expected = expected[getattr(key, "key", getattr(key, "idx", None))]
         name = jax.tree_util.keystr(path)
         if "thresholds" in name or not isinstance(value, float):
             assert value == expected, name

@@ -249,7 +249,7 @@ def test_training_mode_and_running_statistics_are_torchs(torch):
         np.testing.assert_allclose(running["var"], layer.running_var, rtol=1e-4)
 
 
-@pytest.mark.parametrize("size", [(4, 5), (8, 8), (7, 10)])
+@pytest.mark.parametrize("size", [(4, 5), (7, 10)])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 2), (7, 2)])
 @pytest.mark.parametrize("padding", [0, 1, "half"])
 def test_gradients_by_one_product_are_xlas(size, kernel, stride, padding):

@@ -55,7 +55,10 @@ def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, fl
     return worst
 
 
-@pytest.fixture(scope="module", params=["axialnet", "axialnet-max", "conv3d"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("axialnet-max", "conv3d")]
+
+
+@pytest.fixture(scope="module", params=["axialnet", *LONG])
 def exact(request, tmp_path_factory) -> tuple[str, Path, Results]:
     """A model, and its step in float64 on one device and on every mesh: programs and results."""
     folder = tmp_path_factory.mktemp(request.param)

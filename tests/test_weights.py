@@ -520,6 +520,7 @@ def test_convert_says_what_is_wrong(files, capsys, tmp_path):
 # -- training from weights ------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_training_starts_from_a_file_and_resumes_without_it(files, tmp_path, capsys):
     """A learning rate of 0 keeps the weights that it started from."""
     weights = tmp_path / "weights.safetensors"
