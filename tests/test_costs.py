@@ -73,15 +73,13 @@ def test_dry_run(capsys, tmp_path):
     source = "from test_costs import CONFIG as config\n"
     (tmp_path / "config.py").write_text(source)
     line = ["train", str(tmp_path / "config.py"), "--run", str(tmp_path / "run"), "--dry-run"]
-    cli.main([*line, "--memory-gib", "0.05"])
+    cli.main([*line, "--memory-gib", "0.0001"])
     said = capsys.readouterr().out
     assert "one train step: batch 4 of 6 x 32 x 32 voxels" in said
     flops = re.search(r"arithmetic +([\d.]+) ([kMG])FLOP", said)
     assert flops is not None
     assert float(flops[1]) > 0
-    best = re.search(r"largest batch in 0.05 GiB a device: (\d+)", said)
-    assert best is not None
-    assert int(best[1]) > 4
+    assert "largest batch in 0.0001 GiB a device: none (a batch of 1 does not fit)" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -138,7 +136,7 @@ def test_no_trace_unless_asked_for(monkeypatch, tmp_path):
             trace.before(step, None)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_profile_writes_a_trace(tmp_path):
     (tmp_path / "config.py").write_text("from test_costs import CONFIG as config\n")
     line = ["train", str(tmp_path / "config.py"), "--run", str(tmp_path / "run")]

@@ -210,7 +210,7 @@ cli.main(["train"])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_folder_that_is_not_shared(tmp_path):
     folders = [tmp_path / "of host 0", tmp_path / "of host 1"]
     with Group(2, [], script=UNSHARED, each={i: [folders[i]] for i in range(2)}) as group:

@@ -354,6 +354,8 @@ def test_a_preempted_slurm_job_requeues_itself_and_ends_alike(tmp_path):
             "the first steps",
             tmp_path,
         )
+        # As a preemption with GraceTime: to the tasks and to the script, which hands it on to them.
+        answer(["scancel", "--signal=TERM", match[1]], variables)
         answer(["scancel", "--signal=TERM", "--batch", match[1]], variables)
         until(lambda: "Restarts=1" in job() or "FAILED" in job(), 60, "the requeue", tmp_path)
         assert "stopped by a signal, saved at step" in said(), said()

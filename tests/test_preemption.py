@@ -210,8 +210,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("times", [1, integrity.TRIES])
+@pytest.mark.parametrize(("failure", "times"), [*zip(FAILURES, (1, integrity.TRIES), strict=True)])
 def test_storage_that_fails_is_no_damage(monkeypatch, tmp_path, whole, failure, times):
     folder, left = tmp_path / "run", [FAILURES[failure]] * times
     shutil.copytree(whole, folder)
@@ -324,7 +323,9 @@ def test_a_signal_before_the_training(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "early"), [(1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("count", "early"), [pytest.param(1, False, marks=pytest.mark.long), (2, True)]
+)
 def test_more_signals_do_not_disturb_the_saving(tmp_path, count, early):
     """With others, one that comes before the training stops it as soon as it has begun."""
     both, numbers = (signal.SIGTERM, signal.SIGUSR1), range(count)
