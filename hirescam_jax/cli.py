@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 from hirescam_jax.cam import Method
-from hirescam_jax.cli_data import inspect, lesions, localize, names_of, phantom, prepare, table
+from hirescam_jax.cli_data import inspect, lesions, localize, names_of, phantom, prepare, table, voc
 from hirescam_jax.errors import Preempted, StartError, UserError
 
 PROGRAM = "hirescam"
@@ -263,6 +263,7 @@ COMMANDS = {
     "phantom": phantom,
     "prepare": prepare,
     "table": table,
+    "voc": voc,
 }
 USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
@@ -277,6 +278,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
   lesions    write copies of real CTs with synthetic lesions, to check a pipeline
   localize   compare written maps with masks of lesions
   table      turn evaluations of several runs into tables (CSV, Markdown, LaTeX)
+  voc        compare Grad-CAM and HiResCAM on photos (PASCAL VOC 2012)
 
 {PROGRAM} COMMAND --help tells the options of one.
 

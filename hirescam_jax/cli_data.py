@@ -285,3 +285,34 @@ def table(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("tables
     print(tables(evaluations)["models"].markdown())
     for path in paths:
         print(path)
+
+
+def voc(
+    path: tyro.conf.Positional[Path],
+    out: Path = Path("hirescam_voc"),
+    weights: Path | None = None,
+    size: int = 224,
+    epochs: int = 30,
+    batch_size: int = 16,
+    finetune: bool = False,
+    seed: int = 0,
+) -> None:
+    """Compare Grad-CAM and HiResCAM on the objects of PASCAL VOC 2012, with MobileNetV2 and two
+    heads: global average, where both are the same map, and flatten, where they are not.
+
+    Args:
+        path: the folder VOCdevkit/VOC2012.
+        out: a new folder for metrics.json and pictures.png.
+        weights: torchvision's mobilenet_v2-*.pth.
+        size: edge of the images, a multiple of 32.
+        epochs: of the training of each head.
+        batch_size: images a step.
+        finetune: train the whole network, not only the head (for a GPU).
+        seed: of the heads' initial weights and the order of the images.
+    """
+    from hirescam_jax import voc as comparison
+
+    options = {"size": size, "epochs": epochs, "batch_size": batch_size, "seed": seed}
+    result = comparison.compare(path, out, weights=weights, finetune=finetune, **options)
+    print(comparison.table(result))
+    print(out / "pictures.png")
