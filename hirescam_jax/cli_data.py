@@ -312,7 +312,7 @@ def voc(
     """
     from hirescam_jax import voc as comparison
 
-    options = {"size": size, "epochs": epochs, "batch_size": batch_size, "seed": seed}
+    options: Any = {"size": size, "epochs": epochs, "batch_size": batch_size, "seed": seed}
     result = comparison.compare(path, out, weights=weights, finetune=finetune, **options)
     print(comparison.table(result))
     print(out / "pictures.png")

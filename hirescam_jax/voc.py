@@ -59,7 +59,7 @@ CHUNK = 16  # pairs of an image and a class that are measured at once
 class Maps(NamedTuple):
     """Of the P pairs of an image and a class that it has: raw maps on the feature grid."""
 
-    index: np.ndarray  # [P], of the image
+    image: np.ndarray  # [P], its number
     label: np.ndarray  # [P]
     hirescam: np.ndarray  # [P, h, w]
     gradcam: np.ndarray  # [P, h, w]
@@ -123,7 +123,7 @@ def compare(
     }
     shown = None
     for name in HEADS:
-        head = model.clone(classifier=name)
+        head: Any = model.clone(classifier=name)
         variables = train_head(
             head, start, items["train"], epochs, batch_size, finetune, seed, title=f"{name} head"
         )
@@ -142,7 +142,7 @@ def compare(
 
 
 def train_head(
-    model: MobileNetV2,
+    model: Any,
     start: dict[str, Any],
     items: dict[str, np.ndarray],
     epochs: int,
@@ -199,7 +199,7 @@ def train_head(
     return {"params": {**variables["params"], **trained}, "batch_stats": stats}
 
 
-def features_of(model: MobileNetV2, variables: Any, images: np.ndarray) -> np.ndarray:
+def features_of(model: Any, variables: Any, images: np.ndarray) -> np.ndarray:
     """Features [N, h, w, C] of images uint8 [N, S, S, 3], 16 at a time."""
     program = _features(model)
     return np.concatenate(
@@ -207,7 +207,7 @@ def features_of(model: MobileNetV2, variables: Any, images: np.ndarray) -> np.nd
     )
 
 
-def _features(model: MobileNetV2) -> Callable[..., Array]:
+def _features(model: Any) -> Callable[..., Array]:
     def features(variables: Any, images: Array) -> Array:
         return model.apply(variables, normalize(images), method="features")
 
@@ -215,10 +215,10 @@ def _features(model: MobileNetV2) -> Callable[..., Array]:
 
 
 def explain_split(
-    model: MobileNetV2, variables: Any, items: dict[str, np.ndarray], batch_size: int
+    model: Any, variables: Any, items: dict[str, np.ndarray], batch_size: int
 ) -> Maps:
     """Both maps of every class of every image, of which those are kept that an image has."""
-    head = partial(model.apply, variables, method="head")
+    head: Any = partial(model.apply, variables, method="head")
 
     @partial(jax.jit, compiler_options=compiler_options())
     def program(features: Array) -> Any:
@@ -254,7 +254,7 @@ def summarize(
         "verdict": {"kind": verdict.kind, "text": verdict.text},
         "auroc": _number(nan_mean(auroc(scores, truth))),
         "average_precision": _number(nan_mean(average_precision(scores, truth))),
-        "pairs": len(val.index),
+        "pairs": len(val.image),
         "maps": figures,
         "thresholds": thresholds,
         "difference": difference(val),
@@ -264,12 +264,12 @@ def summarize(
 def measure(maps: Maps, masks: np.ndarray) -> dict[str, np.ndarray]:
     """Each measure [P, 4] of HiResCAM, Grad-CAM, centre blob and random map against the masks of
     the pairs' classes, "iou" [P, 4, T]; void is left out."""
-    size, count = masks.shape[-1], len(maps.index)
+    size, count = masks.shape[-1], len(maps.image)
     blob = centre_blob((1, 1, size, size))[0, 0]
     results = []
     for begin in range(0, count, CHUNK):
         rows = np.resize(np.arange(begin, min(begin + CHUNK, count)), CHUNK)  # one shape
-        index, label = maps.index[rows], maps.label[rows]
+        index, label = maps.image[rows], maps.label[rows]
         chance = random_maps(
             (CHUNK, 1, *maps.hirescam.shape[1:]), index=index, labels=label[:, None]
         )
@@ -298,8 +298,8 @@ def _measure(small: Array, blob: Array, masks: Array, label: Array) -> dict[str,
 
 def difference(maps: Maps) -> dict[str, float | None]:
     """How far Grad-CAM is from HiResCAM, see `compare`."""
-    exact = maps.hirescam.reshape(len(maps.index), -1).astype(np.float64)
-    averaged = maps.gradcam.reshape(len(maps.index), -1).astype(np.float64)
+    exact = maps.hirescam.reshape(len(maps.image), -1).astype(np.float64)
+    averaged = maps.gradcam.reshape(len(maps.image), -1).astype(np.float64)
     gap = np.abs(exact - averaged)
     centred = [m - m.mean(1, keepdims=True) for m in (exact, averaged)]
     norms = np.sqrt((centred[0] ** 2).sum(1) * (centred[1] ** 2).sum(1))
@@ -357,7 +357,7 @@ def draw(path: Path, items: dict[str, np.ndarray], maps: Maps, count: int = 8) -
     figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.5 / figure.get_figheight(), 0.03, 0.12)
     size = items["image"].shape[1]
     for row, pair in zip(axes, worst, strict=True):
-        photo, mask = items["image"][maps.index[pair]], items["mask"][maps.index[pair]]
+        photo, mask = items["image"][maps.image[pair]], items["mask"][maps.image[pair]]
         inside = mask == maps.label[pair] + 1
         exact, averaged = maps.hirescam[pair], maps.gradcam[pair]
         peak = max(float(np.abs(exact).max()), float(np.abs(averaged).max()), 1e-12)
@@ -377,7 +377,7 @@ def draw(path: Path, items: dict[str, np.ndarray], maps: Maps, count: int = 8) -
         name = CLASSES[maps.label[pair]]
         title = {"fontsize": 9.5, "loc": "left"}
         row[0].set_title(
-            f"{name}, score {maps.logits[maps.index[pair], maps.label[pair]]:.1f}", **title
+            f"{name}, score {maps.logits[maps.image[pair], maps.label[pair]]:.1f}", **title
         )
         row[1].set_title("Grad-CAM", **title)
         row[2].set_title("HiResCAM", **title)
