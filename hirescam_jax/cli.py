@@ -253,6 +253,47 @@ def explain(
     explain_files(load_run(run), input, out, labels=chosen, **common)
 
 
+def voc(
+    path: tyro.conf.Positional[Path],
+    weights: Path,
+    out: Path,
+    size: int = 224,
+    epochs: int = 20,
+    finetune: bool = False,
+    train_set: str = "train",
+    val_set: str = "val",
+    seed: int = 0,
+) -> None:
+    """Grad-CAM against HiResCAM on PASCAL VOC 2012: train two heads on MobileNetV2 (a global
+    average and a fully connected one), and measure both maps with the class masks.
+
+    Args:
+        path: VOCdevkit/VOC2012.
+        weights: torchvision's MobileNetV2 (.pth, .safetensors).
+        out: a new folder for metrics.json, voc.html and pictures.
+        size: pixels of the square that a photo is scaled into.
+        epochs: of training.
+        finetune: train the backbone too, on flipped photos; otherwise its features are computed
+            once.
+        train_set: a file of ImageSets/Segmentation, or Main/NAME for one of ImageSets/Main.
+        val_set: the same; its photos are never trained on.
+        seed: of the heads' weights and of the order of the photos.
+    """
+    from hirescam_jax.voc import run_voc
+
+    run_voc(
+        path,
+        weights,
+        out,
+        size=size,
+        epochs=epochs,
+        finetune=finetune,
+        train_set=train_set,
+        val_set=val_set,
+        seed=seed,
+    )
+
+
 COMMANDS = {
     "demo": demo,
     "evaluate": evaluate,
@@ -263,6 +304,7 @@ COMMANDS = {
     "phantom": phantom,
     "prepare": prepare,
     "table": table,
+    "voc": voc,
 }
 USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
@@ -277,6 +319,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
   lesions    write copies of real CTs with synthetic lesions, to check a pipeline
   localize   compare written maps with masks of lesions
   table      turn evaluations of several runs into tables (CSV, Markdown, LaTeX)
+  voc        Grad-CAM against HiResCAM on PASCAL VOC 2012's class masks
 
 {PROGRAM} COMMAND --help tells the options of one.
 
