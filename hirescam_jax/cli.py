@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 from hirescam_jax.cam import Method
-from hirescam_jax.cli_data import inspect, lesions, localize, names_of, phantom, prepare, table
+from hirescam_jax.cli_data import inspect, lesions, localize, names_of, phantom, prepare, table, voc
 from hirescam_jax.errors import Preempted, StartError, UserError
 
 PROGRAM = "hirescam"
@@ -251,47 +251,6 @@ def explain(
         raise UserError("--input runs in one process: for several, prepare a store (--store)")
     common |= {"grid": grid or "input", "pictures": pictures}
     explain_files(load_run(run), input, out, labels=chosen, **common)
-
-
-def voc(
-    path: tyro.conf.Positional[Path],
-    weights: Path,
-    out: Path,
-    size: int = 224,
-    epochs: int = 20,
-    finetune: bool = False,
-    train_set: str = "train",
-    val_set: str = "val",
-    seed: int = 0,
-) -> None:
-    """Grad-CAM against HiResCAM on PASCAL VOC 2012: train two heads on MobileNetV2 (a global
-    average and a fully connected one), and measure both maps with the class masks.
-
-    Args:
-        path: VOCdevkit/VOC2012.
-        weights: torchvision's MobileNetV2 (.pth, .safetensors).
-        out: a new folder for metrics.json, voc.html and pictures.
-        size: pixels of the square that a photo is scaled into.
-        epochs: of training.
-        finetune: train the backbone too, on flipped photos; otherwise its features are computed
-            once.
-        train_set: a file of ImageSets/Segmentation, or Main/NAME for one of ImageSets/Main.
-        val_set: the same; its photos are never trained on.
-        seed: of the heads' weights and of the order of the photos.
-    """
-    from hirescam_jax.voc import run_voc
-
-    run_voc(
-        path,
-        weights,
-        out,
-        size=size,
-        epochs=epochs,
-        finetune=finetune,
-        train_set=train_set,
-        val_set=val_set,
-        seed=seed,
-    )
 
 
 COMMANDS = {

@@ -285,3 +285,44 @@ def table(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("tables
     print(tables(evaluations)["models"].markdown())
     for path in paths:
         print(path)
+
+
+def voc(
+    path: tyro.conf.Positional[Path],
+    weights: Path,
+    out: Path,
+    size: int = 224,
+    epochs: int = 20,
+    finetune: bool = False,
+    train_set: str = "train",
+    val_set: str = "val",
+    seed: int = 0,
+) -> None:
+    """Grad-CAM against HiResCAM on PASCAL VOC 2012: train two heads on MobileNetV2 (a global
+    average and a fully connected one), and measure both maps with the class masks.
+
+    Args:
+        path: VOCdevkit/VOC2012.
+        weights: torchvision's MobileNetV2 (.pth, .safetensors).
+        out: a new folder for metrics.json, voc.html and pictures.
+        size: pixels of the square that a photo is scaled into.
+        epochs: of training.
+        finetune: train the backbone too, on flipped photos; otherwise its features are computed
+            once.
+        train_set: a file of ImageSets/Segmentation, or Main/NAME for one of ImageSets/Main.
+        val_set: the same; its photos are never trained on.
+        seed: of the heads' weights and of the order of the photos.
+    """
+    from hirescam_jax.voc import run_voc
+
+    run_voc(
+        path,
+        weights,
+        out,
+        size=size,
+        epochs=epochs,
+        finetune=finetune,
+        train_set=train_set,
+        val_set=val_set,
+        seed=seed,
+    )

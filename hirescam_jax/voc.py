@@ -167,9 +167,11 @@ def _examined(
     """All figures of a head, and its maps of the validation pairs."""
     features = splits["val"].features
     assert features is not None
-    apply_head = partial(model.apply, variables, method="head")
+    apply_head: Any = partial(model.apply, variables, method="head")
     verdict = head_verdict(apply_head, (1, *features.shape[1:]))
-    logits = np.concatenate([np.asarray(apply_head(part)) for part in chunks(features, 64)])
+    logits = np.concatenate(
+        [np.asarray(apply_head(jnp.asarray(part))) for part in chunks(features, 64)]
+    )
     truth = splits["val"].labels.T > 0
     maps, figures = compare_maps(model, variables, splits, pairs)
     return {
@@ -196,8 +198,8 @@ def read_split(source: VOC, name: str, model: MobileNetV2 | None, variables: Any
 
     @partial(jax.jit, compiler_options=compiler_options())
     def features_of(variables: Any, images: Array) -> Array:
-        assert model is not None
-        return model.apply(variables, normalized(images), method="features")
+        network: Any = model
+        return network.apply(variables, normalized(images), method="features")
 
     batch = 16
     dataset = grain.MapDataset.source(source)  # type: ignore[arg-type]
@@ -233,15 +235,13 @@ def train_head(
     """Trains the head alone, on features that are there; returns the head's variables."""
     features, labels = split.features, split.labels
     assert features is not None
-    example = jnp.zeros((1, *features.shape[1:]))
-    params = model.init(jax.random.key(seed), example, method="head")["params"]
+    params = _fresh_head(model, features.shape[1:], seed)
 
     def load(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return features[items], labels[items]
 
     steps, batches = _endless(len(labels), load, epochs, batch_size, seed)
-    positions = math.prod(features.shape[1:-1])
-    optimizer = _optimizer(model, params, positions, steps)
+    optimizer = _optimizer(params, steps)
     state = State(params, {}, optimizer.init(params))
     state = _train(model, optimizer, state, batches, steps, seed, finetune=False)
     return {"params": state.params}
@@ -251,22 +251,28 @@ def train_whole(
     model: MobileNetV2, start: Any, source: VOC, *, epochs: int, batch_size: int, seed: int
 ) -> dict[str, Any]:
     """Trains backbone and head from the backbone's variables `start`."""
-    shape = (1, source.size, source.size, 3)
-    fresh: Any = model.init(jax.random.key(seed), jnp.zeros(shape))
-    params = {**fresh["params"], BACKBONE: start["params"][BACKBONE]}
+    images = jax.ShapeDtypeStruct((1, source.size, source.size, 3), jnp.float32)
+    features: Any = jax.eval_shape(partial(model.apply, method="features"), start, images)
+    params = {
+        BACKBONE: start["params"][BACKBONE],
+        **_fresh_head(model, features.shape[1:], seed),
+    }
 
     def load(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         read = [source[i] for i in items]
         return tuple(np.stack([item[name] for item in read]) for name in ("image", "labels"))  # type: ignore[return-value]
 
     steps, batches = _endless(len(source), load, epochs, batch_size, seed)
-    features = jax.eval_shape(
-        partial(model.apply, method="features"), fresh, jax.ShapeDtypeStruct(shape, jnp.float32)
-    )
-    optimizer = _optimizer(model, params, math.prod(features.shape[1:-1]), steps)
+    optimizer = _optimizer(params, steps)
     state = State(params, start["batch_stats"], optimizer.init(params))
     state = _train(model, optimizer, state, batches, steps, seed, finetune=True)
     return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def _fresh_head(model: MobileNetV2, shape: tuple[int, ...], seed: int) -> dict[str, Any]:
+    """Random parameters of the head for features [B, *shape]."""
+    variables: Any = model.init(jax.random.key(seed), jnp.zeros((1, *shape)), method="head")
+    return variables["params"]
 
 
 def _endless(
@@ -280,20 +286,20 @@ def _endless(
     return len(dataset), iter(read)
 
 
-def _optimizer(model: MobileNetV2, params: Any, positions: int, steps: int) -> Any:
+def _optimizer(params: Any, steps: int) -> Any:
     """AdamW with a cosine to zero.
 
-    A flattened head sums over all positions what an average divides by their number, so that steps
-    of one size would move its scores so much more: it takes smaller ones. A pretrained backbone
-    takes a tenth.
+    A step of Adam changes all weights by the same, and so a score by that times the sum of the
+    head's inputs: their number, 1280 or 49 times as many, divides the head's rate. A pretrained
+    backbone takes small steps.
     """
-    rate = 3e-3 if model.classifier == "gap" else 3e-3 / positions
+    inputs = params["fc"]["kernel"].shape[0]
 
     def adamw(rate: float) -> Any:
         return optax.adamw(optax.cosine_decay_schedule(rate, steps), weight_decay=1e-2)
 
     kinds = {name: "backbone" if name == BACKBONE else "head" for name in params}
-    return optax.multi_transform({"head": adamw(rate), "backbone": adamw(3e-4)}, kinds)
+    return optax.multi_transform({"head": adamw(4 / inputs), "backbone": adamw(3e-4)}, kinds)
 
 
 def _train(

@@ -226,7 +226,7 @@ def agreement(kernel: np.ndarray, features: np.ndarray, maps: PairMaps, pairs: P
     for i, photo in enumerate(pairs.photo):
         terms = features[photo].astype(np.float64) * weights[i]
         cam = terms.sum(-1)
-        peak = max(float(np.abs(cam).max()), np.finfo(np.float32).tiny)
+        peak = max(float(np.abs(cam).max()), float(np.finfo(np.float32).tiny))
         limit = unit * float(np.abs(terms).sum(-1).max())
         apart = {
             "hirescam_gradcam": np.abs(maps.hirescam[i] - maps.gradcam[i]).max(),
@@ -313,7 +313,7 @@ def _where(maps: PairMaps, pairs: Pairs, masks: np.ndarray) -> dict[str, np.ndar
     for i, (photo, label) in enumerate(zip(*pairs, strict=True)):
         mask = masks[photo]
         apart = np.abs(np.asarray(enlarged((maps.hirescam - maps.gradcam)[i][None], len(mask)))[0])
-        total = max(float(apart.sum()), np.finfo(np.float32).tiny)
+        total = max(float(apart.sum()), float(np.finfo(np.float32).tiny))
         shares["object"][i] = apart[mask == label + 1].sum() / total
         shares["void"][i] = apart[mask == VOID].sum() / total
         shares["rest"][i] = 1 - shares["object"][i] - shares["void"][i]

@@ -54,7 +54,7 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
 def _interval(gain: dict[str, float]) -> str:
     if max(abs(v) for v in gain.values()) < 5e-4:
         return "0"
-    return f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
+    return f"{gain['value']:+.2f} ({gain['low']:+.2f}, {gain['high']:+.2f})"
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:
@@ -174,7 +174,9 @@ def picture(
         if large is not None and "−" not in title:
             counted = np.where(mask == VOID, -np.inf, large)
             at = np.unravel_index(counted[box].argmax(), counted[box].shape)
-            (cross,) = ax.plot(at[1], at[0], "+", color="white", ms=13, mew=2)
+            if counted.max() <= 0:  # it points nowhere
+                continue
+            (cross,) = ax.plot(at[1], at[0], "+", color="white", ms=13, mew=2, clip_on=False)
             cross.set_path_effects([withStroke(linewidth=4, foreground=BLACK)])
     for ax, method in ((axes[1], "gradcam"), (axes[2], "hirescam")):
         text = f"IoU {figures[f'iou_{method}']:.2f}, energy {figures[f'energy_{method}']:.2f}"
@@ -183,8 +185,11 @@ def picture(
     axes[3].text(0, -0.02, apart, transform=axes[3].transAxes, color=INK, fontsize=10.5, va="top")
     same = "Grad-CAM is the same map here"
     axes[4].text(0, -0.02, same, transform=axes[4].transAxes, color=SOFT, fontsize=10.5, va="top")
-    title = f"{CLASSES[label]}   probability {figures['probability']:.2f}"
+    of_gap = 1 / (1 + np.exp(-np.float64(gap.logit[i])))
+    title = CLASSES[label]
+    note = f"probability {figures['probability']:.2f} flatten, {of_gap:.2f} global average"
     left = 0.06 / total[1]
+    figure.text(0.2, 1 - 0.36 / total[0], note, color=SOFT, fontsize=12)
     figure.text(left, 1 - 0.36 / total[0], title, color=INK, fontsize=16, weight="bold")
     note = f"{name}   blue speaks for the class, red against it; + strongest evidence"
     figure.text(left, 0.12 / total[0], note, color=SOFT, fontsize=10)
@@ -204,10 +209,11 @@ def _draw(
     if values is None:
         ax.imshow(image)
     else:
-        grey = (image @ np.array([0.299, 0.587, 0.114]) / 255) * 0.8
-        share = values / (peak or 1.0)
-        colors = colormaps["RdBu"](0.5 + 0.42 * np.clip(share, -1, 1))[..., :3]
-        alpha = (0.85 * np.clip(np.abs(share) / 0.55, 0, 1) ** 0.8)[..., None]
+        # The sign is the colour, the size how far it covers the grey.
+        grey = 0.15 + 0.75 * (image @ np.array([0.299, 0.587, 0.114]) / 255)
+        share = np.clip(values / (peak or 1.0), -1, 1)
+        colors = colormaps["RdBu"](0.5 + np.sign(share) * (0.3 + 0.15 * np.abs(share)))[..., :3]
+        alpha = (0.9 * np.abs(share) ** 0.8)[..., None]
         ax.imshow(np.clip((1 - alpha) * grey[..., None] + alpha * colors, 0, 1))
     lines = ax.contour(inside.astype(float), [0.5], colors=[OUTLINE], linewidths=1.6)
     lines.set_path_effects([withStroke(linewidth=3.2, foreground=BLACK)])
