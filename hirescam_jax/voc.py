@@ -180,6 +180,7 @@ def _examined(
             "average_precision": float(nan_mean(average_precision(logits.T, truth))),
             "auroc": float(nan_mean(auroc(logits.T, truth))),
             "classes": int(truth.any(1).sum()),
+            "pairs": int((maps.logit >= 0).sum()),
         },
         **figures,
     }, maps

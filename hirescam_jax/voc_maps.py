@@ -19,6 +19,7 @@ from hirescam_jax.metrics import (
     centre_blob,
     energy_inside,
     map_average_precision,
+    nan_mean,
     overlap,
     pointing_game,
     random_maps,
@@ -245,7 +246,8 @@ def compare_maps(
     """Both maps of the validation pairs, and all their figures.
 
     Returns:
-        The maps, and a dict: `maps` (per method threshold, residual and mean of each measure),
+        The maps, and a dict: `maps` (per method threshold, residual and mean of each measure, also over
+        the `predicted` pairs alone),
         `gain` (HiResCAM less Grad-CAM, mean and 95 % bootstrap interval over photos),
         `difference` (means of `differences`), `by_class`, `pairs` (each of them), and for a
         global-average head `agreement`.
@@ -254,6 +256,7 @@ def compare_maps(
     train_maps = pair_maps(model, variables, splits["train"].features, train)
     maps = pair_maps(model, variables, splits["val"].features, val)
     figures: dict[str, Any] = {"maps": {}}
+    predicted = maps.logit >= 0  # probability of 1/2 and more
     values = {}
     for method in METHODS:
         threshold, values[method] = measured(
@@ -270,6 +273,9 @@ def compare_maps(
             "threshold": threshold,
             "residual": residual,
             **_means(values[method]),
+            "predicted": {
+                name: float(nan_mean(v[predicted])) for name, v in values[method].items()
+            },
         }
     gains = np.stack([values["hirescam"][name] - values["gradcam"][name] for name in MEASURES], -1)
     interval = bootstrap(lambda rows: gains[rows].mean(1), len(gains), RESAMPLES, 0, val.photo)

@@ -46,6 +46,12 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
             rows.append([f"{TITLES[head]}, {TITLES[method]}", *cells])
         gain = [_interval(figures["gain"][m]) for m in MEASURES]
         rows.append(["  HiResCAM less Grad-CAM", *gain])
+    for head, figures in result["heads"].items():
+        for method in METHODS:
+            values = figures["maps"][method]["predicted"]
+            if figures["predictions"]["pairs"]:
+                cells = [f"{values[m]:.3f}" for m in MEASURES]
+                rows.append([f"predicted: {TITLES[head]}, {TITLES[method]}", *cells])
     for name, values in result["baselines"].items():
         rows.append([TITLES[name], *(f"{values[m]:.3f}" for m in MEASURES)])
     return rows
@@ -66,7 +72,8 @@ def lines_of(result: dict[str, Any]) -> list[str]:
         lines += [
             f"{TITLES[head]}: {verdict['text']}",
             f"  predictions: mean average precision {found['average_precision']:.3f}, AUROC "
-            f"{found['auroc']:.3f} over {found['classes']} classes",
+            f"{found['auroc']:.3f} over {found['classes']} classes; {found['pairs']} of "
+            f"{result['data']['val']['pairs']} pairs predicted (probability 1/2 or more)",
             f"  |sum of map + bias - score|, largest: HiResCAM "
             f"{maps['hirescam']['residual']:.2g}, Grad-CAM {maps['gradcam']['residual']:.2g}",
         ]
@@ -143,21 +150,22 @@ def picture(
     figures: dict[str, Any],
 ) -> Figure:
     """A pair's photo with the outline of its mask, Grad-CAM, HiResCAM and their difference on the
-    flattened head, on one colour scale; last HiResCAM on the global-average head."""
+    flattened head; last HiResCAM on the global-average head. Each map has its own colour scale, whose
+    end, in units of the score, stands above it."""
     image, mask = item["image"], item["mask"]
     size = len(image)
     inside = mask == label + 1
     rows, columns = (np.flatnonzero(_photo_area(item).any(axis)) for axis in (1, 0))
     box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
     flat, gap = maps["flatten"], maps["gap"]
-    scale = max(np.abs(flat.hirescam[i]).max(), np.abs(flat.gradcam[i]).max())
-    gap_scale = np.abs(gap.hirescam[i]).max()
+    apart = flat.hirescam[i] - flat.gradcam[i]
+    scales = [np.abs(m).max() for m in (flat.gradcam[i], flat.hirescam[i], apart, gap.hirescam[i])]
     panels = [
         ("photo and mask", None, 1.0),
-        ("Grad-CAM, flatten", flat.gradcam[i], scale),
-        ("HiResCAM, flatten", flat.hirescam[i], scale),
-        ("HiResCAM − Grad-CAM", flat.hirescam[i] - flat.gradcam[i], scale),
-        ("both, global average", gap.hirescam[i], gap_scale),
+        ("Grad-CAM, flatten", flat.gradcam[i], scales[0]),
+        ("HiResCAM, flatten", flat.hirescam[i], scales[1]),
+        ("HiResCAM − Grad-CAM", apart, scales[2]),
+        ("both, global average", gap.hirescam[i], scales[3]),
     ]
     height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
     panel = 2.9
@@ -178,13 +186,18 @@ def picture(
                 continue
             (cross,) = ax.plot(at[1], at[0], "+", color="white", ms=13, mew=2, clip_on=False)
             cross.set_path_effects([withStroke(linewidth=4, foreground=BLACK)])
-    for ax, method in ((axes[1], "gradcam"), (axes[2], "hirescam")):
-        text = f"IoU {figures[f'iou_{method}']:.2f}, energy {figures[f'energy_{method}']:.2f}"
-        ax.text(0, -0.02, text, transform=ax.transAxes, color=INK, fontsize=10.5, va="top")
-    apart = f"{figures['relative_l1']:.0%} of HiResCAM, correlation {figures['correlation']:.2f}"
-    axes[3].text(0, -0.02, apart, transform=axes[3].transAxes, color=INK, fontsize=10.5, va="top")
-    same = "Grad-CAM is the same map here"
-    axes[4].text(0, -0.02, same, transform=axes[4].transAxes, color=SOFT, fontsize=10.5, va="top")
+    notes = [
+        f"IoU {figures[f'iou_{m}']:.2f}, energy {figures[f'energy_{m}']:.2f}"
+        for m in ("gradcam", "hirescam")
+    ]
+    notes += [
+        f"{figures['relative_l1']:.0%} of HiResCAM, correlation {figures['correlation']:.2f}",
+        "Grad-CAM is the same map",
+    ]
+    for ax, note, scale in zip(axes[1:], notes, scales, strict=True):
+        place = {"transform": ax.transAxes, "fontsize": 10, "va": "top"}
+        ax.text(0, -0.02, note, color=INK, **place)
+        ax.text(1, 1.02, f"±{scale:.2g}", color=SOFT, ha="right", **{**place, "va": "bottom"})
     of_gap = 1 / (1 + np.exp(-np.float64(gap.logit[i])))
     title = CLASSES[label]
     note = f"probability {figures['probability']:.2f} flatten, {of_gap:.2f} global average"
