@@ -78,7 +78,7 @@ def run_voc(
 
     Args:
         weights: torchvision's MobileNetV2 (.pth, .safetensors), whatever its classifier.
-        out: a new folder.
+        out: a folder that is new or empty.
         size: of the square that a photo is scaled into.
         train_set, val_set: see `VOC`. A photo that is in both is taken out of the training.
         backbone: the architecture; MobileNetV2 by default.
@@ -102,10 +102,9 @@ def run_voc(
     outputs = tensors.get("classifier.1.bias", np.zeros(1000)).shape[0]
     backbone = (backbone or MobileNetV2()).clone(num_labels=outputs, classifier="gap")
     start = from_torch(backbone, tensors, (size, size), str(weights))
-    try:
-        out.mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError(f"{out}: exists; choose another folder with --out") from error
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists; choose another folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
 
     splits = {
         name: read_split(source, name, None if finetune else backbone, start)

@@ -246,11 +246,10 @@ def compare_maps(
     """Both maps of the validation pairs, and all their figures.
 
     Returns:
-        The maps, and a dict: `maps` (per method threshold, residual and mean of each measure, also over
-        the `predicted` pairs alone),
-        `gain` (HiResCAM less Grad-CAM, mean and 95 % bootstrap interval over photos),
-        `difference` (means of `differences`), `by_class`, `pairs` (each of them), and for a
-        global-average head `agreement`.
+        The maps, and a dict: `maps` (per method threshold, residual and mean of each measure, also
+        over the `predicted` pairs alone), `gain` (HiResCAM less Grad-CAM, mean and 95 % bootstrap
+        interval over photos), `difference` (means of `differences`), `by_class`, `pairs` (each of
+        them), and for a global-average head `agreement`.
     """
     train, val = pairs["train"], pairs["val"]
     train_maps = pair_maps(model, variables, splits["train"].features, train)

@@ -114,7 +114,7 @@ def write_page(
     found = result["heads"]["flatten"]["pairs"]
     order = sorted(
         range(len(found)),
-        key=lambda i: (found[i]["probability"] < 0.5, -(found[i]["relative_l1"] or 0)),
+        key=lambda i: (found[i]["probability"] < 0.5, -np.nan_to_num(found[i]["relative_l1"])),
     )
     shown = []
     for rank, i in enumerate(order[:SHOWN], start=1):
@@ -150,7 +150,7 @@ def picture(
     figures: dict[str, Any],
 ) -> Figure:
     """A pair's photo with the outline of its mask, Grad-CAM, HiResCAM and their difference on the
-    flattened head; last HiResCAM on the global-average head. Each map has its own colour scale, whose
+    flattened head; last HiResCAM on the global-average head. Each map has its own colour scale; its
     end, in units of the score, stands above it."""
     image, mask = item["image"], item["mask"]
     size = len(image)
@@ -159,13 +159,15 @@ def picture(
     box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
     flat, gap = maps["flatten"], maps["gap"]
     apart = flat.hirescam[i] - flat.gradcam[i]
+    gap_apart = np.abs(gap.hirescam[i] - gap.gradcam[i]).max()
+    tiny = np.finfo(np.float32).tiny
     scales = [np.abs(m).max() for m in (flat.gradcam[i], flat.hirescam[i], apart, gap.hirescam[i])]
     panels = [
         ("photo and mask", None, 1.0),
         ("Grad-CAM, flatten", flat.gradcam[i], scales[0]),
         ("HiResCAM, flatten", flat.hirescam[i], scales[1]),
         ("HiResCAM − Grad-CAM", apart, scales[2]),
-        ("both, global average", gap.hirescam[i], scales[3]),
+        ("HiResCAM, global average", gap.hirescam[i], scales[3]),
     ]
     height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
     panel = 2.9
@@ -192,7 +194,7 @@ def picture(
     ]
     notes += [
         f"{figures['relative_l1']:.0%} of HiResCAM, correlation {figures['correlation']:.2f}",
-        "Grad-CAM is the same map",
+        f"Grad-CAM differs by {gap_apart / max(scales[3], tiny):.0e} of it",
     ]
     for ax, note, scale in zip(axes[1:], notes, scales, strict=True):
         place = {"transform": ax.transAxes, "fontsize": 10, "va": "top"}

@@ -16,7 +16,7 @@ from hirescam_jax import cli, voc
 from hirescam_jax.data.voc import CLASSES, PADDING, VOC, VOID
 from hirescam_jax.errors import UserError
 from hirescam_jax.models import MobileNetV2
-from hirescam_jax.voc_maps import PairMaps, Pairs, agreement, differences, measured
+from hirescam_jax.voc_maps import PairMaps, Pairs, agreement, differences, measured, pair_maps
 from hirescam_jax.weights import from_torch, read_weights, to_torch, write_weights
 
 CAT, DOG, PERSON = (CLASSES.index(name) for name in ("cat", "dog", "person"))
@@ -352,6 +352,26 @@ def test_measures_of_maps_that_are_known(tree):
     share = inside.sum((1, 2)) / (~void).sum((1, 2))
     for value in values.values():
         np.testing.assert_allclose(value, share, rtol=1e-6)
+
+
+def test_maps_of_a_flattened_head_by_hand():
+    """More photos than one batch has; the head is one matrix."""
+    rng = np.random.default_rng(0)
+    features = rng.random((19, 2, 3, 4)).astype(np.float32)
+    kernel, bias = rng.normal(size=(24, 20)), rng.normal(size=20)
+    model = TINY.clone(num_labels=20, classifier="flatten")
+    variables = {"params": {"fc": {"kernel": jnp.float32(kernel), "bias": jnp.float32(bias)}}}
+    pairs = Pairs(np.array([0, 3, 3, 15, 16, 18]), np.array([19, 0, 7, 2, 2, 11]))
+    maps = pair_maps(model, variables, features, pairs)
+    weights = kernel.astype(np.float32).reshape(2, 3, 4, 20).astype(np.float64)
+    for i, (photo, label) in enumerate(zip(*pairs, strict=True)):
+        a, w = features[photo].astype(np.float64), weights[..., label]
+        exact, averaged = (a * w).sum(-1), (a * w.mean((0, 1))).sum(-1)
+        np.testing.assert_allclose(maps.hirescam[i], exact, atol=2e-6)
+        np.testing.assert_allclose(maps.gradcam[i], averaged, atol=2e-6)
+        np.testing.assert_allclose(maps.logit[i], exact.sum() + bias[label], atol=1e-5)
+        off = abs(averaged.sum() - exact.sum())
+        np.testing.assert_allclose(maps.gradcam_residual[i], off, atol=1e-5)
 
 
 def made_up(hires: list, grad: list) -> PairMaps:
