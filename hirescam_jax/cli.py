@@ -278,7 +278,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
   lesions    write copies of real CTs with synthetic lesions, to check a pipeline
   localize   compare written maps with masks of lesions
   table      turn evaluations of several runs into tables (CSV, Markdown, LaTeX)
-  voc        compare Grad-CAM and HiResCAM on photos (PASCAL VOC 2012)
+  voc        Grad-CAM against HiResCAM on PASCAL VOC 2012's class masks
 
 {PROGRAM} COMMAND --help tells the options of one.
 

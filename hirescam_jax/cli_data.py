@@ -289,30 +289,40 @@ def table(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("tables
 
 def voc(
     path: tyro.conf.Positional[Path],
-    out: Path = Path("hirescam_voc"),
-    weights: Path | None = None,
+    weights: Path,
+    out: Path,
     size: int = 224,
-    epochs: int = 30,
-    batch_size: int = 16,
+    epochs: int = 20,
     finetune: bool = False,
+    train_set: str = "train",
+    val_set: str = "val",
     seed: int = 0,
 ) -> None:
-    """Compare Grad-CAM and HiResCAM on the objects of PASCAL VOC 2012, with MobileNetV2 and two
-    heads: global average, where both are the same map, and flatten, where they are not.
+    """Grad-CAM against HiResCAM on PASCAL VOC 2012: train two heads on MobileNetV2 (a global
+    average and a fully connected one), and measure both maps with the class masks.
 
     Args:
-        path: the folder VOCdevkit/VOC2012.
-        out: a new folder for metrics.json and pictures.png.
-        weights: torchvision's mobilenet_v2-*.pth.
-        size: edge of the images, a multiple of 32.
-        epochs: of the training of each head.
-        batch_size: images a step.
-        finetune: train the whole network, not only the head (for a GPU).
-        seed: of the heads' initial weights and the order of the images.
+        path: VOCdevkit/VOC2012.
+        weights: torchvision's MobileNetV2 (.pth, .safetensors).
+        out: a new folder for metrics.json, voc.html and pictures.
+        size: pixels of the square that a photo is scaled into.
+        epochs: of training.
+        finetune: train the backbone too, on flipped photos; otherwise its features are computed
+            once.
+        train_set: a file of ImageSets/Segmentation, or Main/NAME for one of ImageSets/Main.
+        val_set: the same; its photos are never trained on.
+        seed: of the heads' weights and of the order of the photos.
     """
-    from hirescam_jax import voc as comparison
+    from hirescam_jax.voc import run_voc
 
-    options: Any = {"size": size, "epochs": epochs, "batch_size": batch_size, "seed": seed}
-    result = comparison.compare(path, out, weights=weights, finetune=finetune, **options)
-    print(comparison.table(result))
-    print(out / "pictures.png")
+    run_voc(
+        path,
+        weights,
+        out,
+        size=size,
+        epochs=epochs,
+        finetune=finetune,
+        train_set=train_set,
+        val_set=val_set,
+        seed=seed,
+    )

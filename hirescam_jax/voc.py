@@ -1,11 +1,15 @@
-"""Grad-CAM against HiResCAM on photos: PASCAL VOC 2012, one backbone, two heads.
+"""Grad-CAM against HiResCAM on PASCAL VOC 2012, for two heads on the same features.
 
-Behind a global average the two are the same map. Behind a layer that weighs each position by itself
-(flatten) they are not, and only HiResCAM accounts for the score.
+A MobileNetV2 learns which of the 20 classes a photo shows, once with a global-average head ("gap"),
+for which the two maps are the same, and once with one fully connected layer over all positions
+("flatten"), for which only HiResCAM accounts for the score. Then both maps of every class that a
+validation photo shows are measured against the class's mask (void left out), and with each other.
 """
 
+import dataclasses
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,411 +19,365 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from hirescam_jax.cam import gradcam, hirescam, normalize_map
 from hirescam_jax.compiling import compiler_options
-from hirescam_jax.data.voc import CLASSES, VOC, VOID
+from hirescam_jax.data.voc import CLASSES, VOC
 from hirescam_jax.errors import UserError
 from hirescam_jax.files import atomic_file
 from hirescam_jax.losses import classification_loss
-from hirescam_jax.metrics import (
-    ORGAN_IOU_THRESHOLDS,
-    auroc,
-    average_precision,
-    centre_blob,
-    energy_inside,
-    map_average_precision,
-    nan_mean,
-    overlap,
-    pointing_game,
-    random_maps,
-    rank_accuracy,
-)
+from hirescam_jax.metrics import auroc, average_precision, nan_mean
 from hirescam_jax.models import MobileNetV2
 from hirescam_jax.progress import progress, say
-from hirescam_jax.summary import aligned
-from hirescam_jax.verdict import HeadVerdict, head_verdict
+from hirescam_jax.verdict import head_verdict
+from hirescam_jax.voc_maps import Pairs, compare_maps, measure_baselines
+from hirescam_jax.voc_report import table, write_page
 from hirescam_jax.weights import from_torch, read_weights
 
 HEADS = ("gap", "flatten")
-MAPS = ("hirescam", "gradcam", "centre_blob", "random")
-MEASURES = {
-    "iou": "IoU",
-    "pointing": "pointing",
-    "energy": "energy",
-    "rank_accuracy": "ranks",
-    "average_precision": "AP",
-}
-# What torchvision's weights were trained with.
-MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-CHUNK = 16  # pairs of an image and a class that are measured at once
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of torchvision
+BACKBONE = "mobilenet"  # its name in the variables
 
 
-class Maps(NamedTuple):
-    """Of the P pairs of an image and a class that it has: raw maps on the feature grid."""
+class Split(NamedTuple):
+    """A split in memory: features float32 [N, h, w, C] (None where the backbone learns), labels
+    uint8 [N, 20], masks uint8 [N, S, S]."""
 
-    image: np.ndarray  # [P], its number
-    label: np.ndarray  # [P]
-    hirescam: np.ndarray  # [P, h, w]
-    gradcam: np.ndarray  # [P, h, w]
-    logits: np.ndarray  # [N, 20]
-    truth: np.ndarray  # [N, 20]
+    features: np.ndarray | None
+    labels: np.ndarray
+    masks: np.ndarray
 
 
-def compare(
+class State(NamedTuple):
+    """What a step of training takes and returns."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def run_voc(
     path: Path,
+    weights: Path,
     out: Path,
     *,
-    weights: Path | None = None,
     size: int = 224,
-    epochs: int = 30,
-    batch_size: int = 16,
+    epochs: int = 20,
     finetune: bool = False,
+    train_set: str = "train",
+    val_set: str = "val",
+    batch_size: int = 16,
     seed: int = 0,
-    model: MobileNetV2 | None = None,
+    backbone: MobileNetV2 | None = None,
 ) -> dict[str, Any]:
-    """Trains both heads on the train set and compares their maps on the class masks of val.
+    """Trains both heads, compares their maps and writes metrics.json, voc.html and pictures.
+
+    Without `finetune` the backbone is frozen: its features are computed once (0.25 MB a photo at
+    224 pixels, kept in memory), and only the head learns. With it the whole network learns, with
+    BatchNorm's statistics of each batch and with half of the photos mirrored.
 
     Args:
-        path: VOCdevkit/VOC2012.
-        out: a new folder for metrics.json and pictures.png.
-        weights: torchvision's MobileNetV2 (.pth, .safetensors); random without.
-        size: edge of the square images, a multiple of 32.
-        epochs: of the training; finetune: of the whole network with flips. Otherwise the backbone's
-            features are computed once and only the heads are trained.
-        model: another MobileNetV2, for tests.
+        weights: torchvision's MobileNetV2 (.pth, .safetensors), whatever its classifier.
+        out: a folder that is new or empty.
+        size: of the square that a photo is scaled into.
+        train_set, val_set: see `VOC`. A photo that is in both is taken out of the training.
+        backbone: the architecture; MobileNetV2 by default.
 
     Returns:
-        What metrics.json holds: {"settings", "heads": {head: {"verdict", "auroc",
-        "average_precision", "maps": {map: {measure: number}}, "thresholds": {map: number},
-        "difference": {...}}}}. Measures are means over the pairs of an image and a class that it
-        has, void left out; "iou" at the threshold that was best on the train set. Differences
-        between HiResCAM and Grad-CAM, on the raw maps: "relative_l1" and "correlation" (means over
-        pairs), "other_peak" and "other_sign" (shares of pairs, of cells), and "largest", relative
-        to the largest value of a HiResCAM map.
+        What metrics.json holds.
 
     Raises:
-        UserError: bad data, weights of another network, a folder that exists.
+        UserError: as `VOC`, `read_weights` and `from_torch`; `out` exists; nothing to train on, or
+            nothing to measure.
     """
-    if size < 32 or size % 32:
-        raise UserError(f"--size {size}: must be a multiple of 32")
-    if epochs < 1 or batch_size < 1:
-        raise UserError(f"--epochs {epochs}, --batch-size {batch_size}: must be at least 1")
-    sources = {name: VOC(path, name, size) for name in ("train", "val")}
-    model = (model or MobileNetV2()).clone(num_labels=len(CLASSES))
-    start = _start(model, weights, size, seed)
-    if out.exists():
+    if epochs < 1:
+        raise UserError(f"epochs: {epochs}: at least 1 is needed")
+    sources = {"train": VOC(path, train_set, size), "val": VOC(path, val_set, size)}
+    left_out = sources["train"].without(sources["val"].names)
+    if left_out:
+        say(f"{left_out} photos of {train_set} are in {val_set} too: left out of the training")
+    if not len(sources["train"]):
+        raise UserError(f"{path}: all photos of {train_set} are in {val_set}: choose another set")
+    tensors = read_weights(weights)
+    outputs = tensors.get("classifier.1.bias", np.zeros(1000)).shape[0]
+    backbone = (backbone or MobileNetV2()).clone(num_labels=outputs, classifier="gap")
+    start = from_torch(backbone, tensors, (size, size), str(weights))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists; choose another folder with --out")
-    items = {name: _loaded(source, name) for name, source in sources.items()}
+    out.mkdir(parents=True, exist_ok=True)
+
+    splits = {
+        name: read_split(source, name, None if finetune else backbone, start)
+        for name, source in sources.items()
+    }
+    pairs = {name: Pairs.of(split.labels, split.masks) for name, split in splits.items()}
+    for name, found in pairs.items():
+        if not len(found.photo):
+            raise UserError(f"{path}: no photo of the {name} split shows a class in its mask")
     result: dict[str, Any] = {
+        "data": {
+            name: {
+                "source": sources[name].source,
+                "photos": len(sources[name]),
+                "pairs": len(pairs[name].photo),
+            }
+            for name in sources
+        },
         "settings": {
-            "size": size,
-            "epochs": epochs,
-            "finetune": finetune,
-            "images": {name: len(source) for name, source in sources.items()},
+            **{"size": size, "epochs": epochs, "finetune": finetune},
+            **{"batch_size": batch_size, "seed": seed, "weights": weights.name},
+            **{"jax": jax.__version__, "device": jax.devices()[0].device_kind},
         },
         "heads": {},
     }
-    shown = None
-    for name in HEADS:
-        head: Any = model.clone(classifier=name)
-        variables = train_head(
-            head, start, items["train"], epochs, batch_size, finetune, seed, title=f"{name} head"
-        )
-        maps = {split: explain_split(head, variables, items[split], batch_size) for split in items}
-        verdict = head_verdict(
-            partial(head.apply, variables, method="head"), (1, *_feature_shape(head, size))
-        )
-        result["heads"][name] = summarize(maps, items, verdict)
-        shown = maps["val"]  # of the flatten head, which comes last
-    out.mkdir(parents=True)
+    shown: dict[str, Any] = {}
+    for head in HEADS:
+        model = backbone.clone(num_labels=len(CLASSES), classifier=head)
+        if finetune:
+            variables = train_whole(
+                model, start, sources["train"], epochs=epochs, batch_size=batch_size, seed=seed
+            )
+            seen = {
+                name: read_split(source, f"{name}, {head}", model, variables)
+                for name, source in sources.items()
+            }
+        else:
+            seen = splits
+            variables = train_head(
+                model, seen["train"], epochs=epochs, batch_size=batch_size, seed=seed
+            )
+        figures, shown[head] = _examined(model, variables, seen, pairs)
+        result["heads"][head] = figures
+    grid = shown["flatten"].gradcam.shape[1:]
+    result["baselines"] = measure_baselines(
+        grid, pairs["train"], splits["train"].masks, pairs["val"], splits["val"].masks
+    )
     with atomic_file(out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=2))
-    assert shown is not None
-    draw(out / "pictures.png", items["val"], shown)
+        temporary.write_text(json.dumps(_plain(result), indent=2))
+    write_page(out, result, shown, pairs["val"], sources["val"])
+    print(table(result))
+    print(out / "voc.html")
     return result
 
 
+def _examined(
+    model: MobileNetV2, variables: Any, splits: dict[str, Split], pairs: dict[str, Pairs]
+) -> tuple[dict[str, Any], Any]:
+    """All figures of a head, and its maps of the validation pairs."""
+    features = splits["val"].features
+    assert features is not None
+    apply_head: Any = partial(model.apply, variables, method="head")
+    verdict = head_verdict(apply_head, (1, *features.shape[1:]))
+    logits = np.concatenate(
+        [np.asarray(apply_head(jnp.asarray(part))) for part in chunks(features, 64)]
+    )
+    truth = splits["val"].labels.T > 0
+    maps, figures = compare_maps(model, variables, splits, pairs)
+    return {
+        "verdict": dataclasses.asdict(verdict),
+        "predictions": {
+            "average_precision": float(nan_mean(average_precision(logits.T, truth))),
+            "auroc": float(nan_mean(auroc(logits.T, truth))),
+            "classes": int(truth.any(1).sum()),
+            "pairs": int((maps.logit >= 0).sum()),
+        },
+        **figures,
+    }, maps
+
+
+# -- data -----------------------------------------------------------------------------------------
+
+
+def normalized(images: Array) -> Float[Array, "B S S C"]:
+    """uint8 [B, S, S, 3] -> float32, as torchvision's networks take them."""
+    return (images.astype(jnp.float32) / 255 - jnp.asarray(MEAN)) / jnp.asarray(STD)
+
+
+def read_split(source: VOC, name: str, model: MobileNetV2 | None, variables: Any) -> Split:
+    """Labels and masks of a split, and with a model its features."""
+
+    @partial(jax.jit, compiler_options=compiler_options())
+    def features_of(variables: Any, images: Array) -> Array:
+        network: Any = model
+        return network.apply(variables, normalized(images), method="features")
+
+    batch = 16
+    dataset = grain.MapDataset.source(source)  # type: ignore[arg-type]
+    batches = dataset.batch(batch).to_iter_dataset(grain.ReadOptions(2, 4))
+    title = f"reading {name}" if model is None else f"features of {name}"
+    parts: dict[str, list] = {"features": [], "labels": [], "mask": []}
+    for item in progress(batches, title, "batch", total=-(-len(source) // batch)):
+        parts["labels"].append(item["labels"])
+        parts["mask"].append(item["mask"])
+        if model is not None:
+            images = item["image"]
+            filled = np.zeros((batch, *images.shape[1:]), np.uint8)  # one shape, one program
+            filled[: len(images)] = images
+            parts["features"].append(np.asarray(features_of(variables, filled))[: len(images)])
+    features, labels, masks = (np.concatenate(p) if p else None for p in parts.values())
+    assert labels is not None
+    assert masks is not None
+    return Split(features, labels, masks)
+
+
+def chunks(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Parts of at most `size` along the first axis."""
+    for first in range(0, len(array), size):
+        yield array[first : first + size]
+
+
+# -- training -------------------------------------------------------------------------------------
+
+
 def train_head(
-    model: Any,
-    start: dict[str, Any],
-    items: dict[str, np.ndarray],
-    epochs: int,
-    batch_size: int,
-    finetune: bool,
-    seed: int,
-    title: str = "train",
+    model: MobileNetV2, split: Split, *, epochs: int, batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """Multilabel training from the backbone of `start`; the variables."""
-    size = items["image"].shape[1]
-    init = jax.jit(partial(model.init, jax.random.key(seed)))
-    variables = {**init(jnp.zeros((1, size, size, 3)))}
-    variables["params"] = {**variables["params"], "mobilenet": start["params"]["mobilenet"]}
-    variables["batch_stats"] = start["batch_stats"]
-    inputs = items["image"] if finetune else features_of(model, variables, items["image"])
-    count = len(inputs)
+    """Trains the head alone, on features that are there; returns the head's variables."""
+    features, labels = split.features, split.labels
+    assert features is not None
+    params = _fresh_head(model, features.shape[1:], seed)
+
+    def load(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return features[items], labels[items]
+
+    steps, batches = _endless(len(labels), load, epochs, batch_size, seed)
+    optimizer = _optimizer(params, steps)
+    state = State(params, {}, optimizer.init(params))
+    state = _train(model, optimizer, state, batches, steps, seed, finetune=False)
+    return {"params": state.params}
+
+
+def train_whole(
+    model: MobileNetV2, start: Any, source: VOC, *, epochs: int, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """Trains backbone and head from the backbone's variables `start`."""
+    images = jax.ShapeDtypeStruct((1, source.size, source.size, 3), jnp.float32)
+    features: Any = jax.eval_shape(partial(model.apply, method="features"), start, images)
+    params = {
+        BACKBONE: start["params"][BACKBONE],
+        **_fresh_head(model, features.shape[1:], seed),
+    }
+
+    def load(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        read = [source[i] for i in items]
+        return tuple(np.stack([item[name] for item in read]) for name in ("image", "labels"))  # type: ignore[return-value]
+
+    steps, batches = _endless(len(source), load, epochs, batch_size, seed)
+    optimizer = _optimizer(params, steps)
+    state = State(params, start["batch_stats"], optimizer.init(params))
+    state = _train(model, optimizer, state, batches, steps, seed, finetune=True)
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def _fresh_head(model: MobileNetV2, shape: tuple[int, ...], seed: int) -> dict[str, Any]:
+    """Random parameters of the head for features [B, *shape]."""
+    variables: Any = model.init(jax.random.key(seed), jnp.zeros((1, *shape)), method="head")
+    return variables["params"]
+
+
+def _endless(
+    count: int, load: Any, epochs: int, batch_size: int, seed: int
+) -> tuple[int, Iterator[tuple[np.ndarray, np.ndarray]]]:
+    """The number of steps, and their batches: shuffled anew each epoch, all of one size."""
     batch_size = min(batch_size, count)
-    optimizer = optax.adamw(1e-4 if finetune else 1e-3, weight_decay=1e-2)
-    trained = variables["params"] if finetune else {"fc": variables["params"]["fc"]}
-    state = optimizer.init(trained)
-
-    def loss(trained: Any, stats: Any, inputs: Array, labels: Array, key: Array) -> Any:
-        params = {**variables["params"], **trained}
-        own = {"params": params, "batch_stats": stats}
-        rngs = {"dropout": key}
-        features, changed = inputs, {"batch_stats": stats}
-        if finetune:
-            flip = jax.random.bernoulli(jax.random.fold_in(key, 1), shape=(len(inputs), 1, 1, 1))
-            images = normalize(jnp.where(flip, inputs[:, :, ::-1], inputs))
-            features, changed = model.apply(
-                own, images, True, method="features", mutable=["batch_stats"]
-            )
-        logits = model.apply(own, features, True, method="head", rngs=rngs)
-        return classification_loss(logits, labels), changed["batch_stats"]
-
-    @partial(jax.jit, compiler_options=compiler_options())
-    def step(trained: Any, stats: Any, state: Any, inputs: Array, labels: Array, key: Array) -> Any:
-        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(
-            trained, stats, inputs, labels, key
-        )
-        updates, state = optimizer.update(grads, state, trained)
-        return optax.apply_updates(trained, updates), stats, state, value
-
     order = grain.MapDataset.range(count).seed(seed).shuffle().repeat(epochs)
-    stats, value = variables["batch_stats"], None
-    batches = order.batch(batch_size, drop_remainder=True)
-    for number in progress(range(len(batches)), title, "step"):
-        rows = np.asarray(batches[number])
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        batch = inputs[rows], items["labels"][rows]
-        trained, stats, state, value = step(trained, stats, state, *batch, key)
-    if value is None or not np.isfinite(value):
-        raise UserError(f"the loss is {value}: the training diverged")
-    return {"params": {**variables["params"], **trained}, "batch_stats": stats}
+    dataset = order.batch(batch_size, drop_remainder=True)
+    read = dataset.map(load).to_iter_dataset(grain.ReadOptions(2, 4))
+    return len(dataset), iter(read)
 
 
-def features_of(model: Any, variables: Any, images: np.ndarray) -> np.ndarray:
-    """Features [N, h, w, C] of images uint8 [N, S, S, 3], 16 at a time."""
-    program = _features(model)
-    return np.concatenate(
-        [np.asarray(program(variables, images[i : i + 16])) for i in range(0, len(images), 16)]
+def _optimizer(params: Any, steps: int) -> Any:
+    """AdamW with a cosine to zero.
+
+    A step of Adam changes all weights by the same, and so a score by that times the sum of the
+    head's inputs: their number, 1280 or 49 times as many, divides the head's rate. A pretrained
+    backbone takes small steps.
+    """
+    inputs = params["fc"]["kernel"].shape[0]
+
+    def adamw(rate: float) -> Any:
+        return optax.adamw(optax.cosine_decay_schedule(rate, steps), weight_decay=1e-2)
+
+    kinds = {name: "backbone" if name == BACKBONE else "head" for name in params}
+    return optax.multi_transform({"head": adamw(4 / inputs), "backbone": adamw(3e-4)}, kinds)
+
+
+def _train(
+    model: MobileNetV2,
+    optimizer: Any,
+    state: State,
+    batches: Iterator[tuple[np.ndarray, np.ndarray]],
+    steps: int,
+    seed: int,
+    finetune: bool,
+) -> State:
+    """All steps. The loss of the step before is looked at, never the current one's."""
+    step = jax.jit(
+        partial(train_step, model, optimizer, finetune), compiler_options=compiler_options()
     )
-
-
-def _features(model: Any) -> Callable[..., Array]:
-    def features(variables: Any, images: Array) -> Array:
-        return model.apply(variables, normalize(images), method="features")
-
-    return jax.jit(features, compiler_options=compiler_options())
-
-
-def explain_split(
-    model: Any, variables: Any, items: dict[str, np.ndarray], batch_size: int
-) -> Maps:
-    """Both maps of every class of every image, of which those are kept that an image has."""
-    head: Any = partial(model.apply, variables, method="head")
-
-    @partial(jax.jit, compiler_options=compiler_options())
-    def program(features: Array) -> Any:
-        return head(features), hirescam(head, features), gradcam(head, features)
-
-    features = features_of(model, variables, items["image"])
-    parts = [program(features[i : i + batch_size]) for i in range(0, len(features), batch_size)]
-    logits, exact, averaged = (np.concatenate(part) for part in zip(*parts, strict=True))
-    # A class whose object has no pixel at this size has nothing to be compared with.
-    seen = (items["mask"][:, None] == np.arange(1, 21)[:, None, None]).any((2, 3))
-    index, label = np.nonzero(items["labels"].astype(bool) & seen)
-    return Maps(
-        index, label, exact[index, label], averaged[index, label], logits, items["labels"] > 0
-    )
-
-
-def summarize(
-    maps: dict[str, Maps], items: dict[str, dict[str, np.ndarray]], verdict: HeadVerdict
-) -> dict[str, Any]:
-    """The part of metrics.json for one head."""
-    measured = {split: measure(maps[split], items[split]["mask"]) for split in maps}
-    figures: dict[str, dict[str, float]] = {}
-    thresholds = {}
-    for row, name in enumerate(MAPS):
-        best = int(measured["train"]["iou"][:, row].mean(0).argmax())
-        thresholds[name] = float(ORGAN_IOU_THRESHOLDS[best])
-        values = {key: value[:, row] for key, value in measured["val"].items()}
-        values["iou"] = values["iou"][:, best]
-        figures[name] = {key: float(nan_mean(values[key])) for key in MEASURES}
-    val = maps["val"]
-    scores, truth = val.logits.T, val.truth.T
-    return {
-        "verdict": {"kind": verdict.kind, "text": verdict.text},
-        "auroc": _number(nan_mean(auroc(scores, truth))),
-        "average_precision": _number(nan_mean(average_precision(scores, truth))),
-        "pairs": len(val.image),
-        "maps": figures,
-        "thresholds": thresholds,
-        "difference": difference(val),
-    }
-
-
-def measure(maps: Maps, masks: np.ndarray) -> dict[str, np.ndarray]:
-    """Each measure [P, 4] of HiResCAM, Grad-CAM, centre blob and random map against the masks of
-    the pairs' classes, "iou" [P, 4, T]; void is left out."""
-    size, count = masks.shape[-1], len(maps.image)
-    blob = centre_blob((1, 1, size, size))[0, 0]
-    results = []
-    for begin in range(0, count, CHUNK):
-        rows = np.resize(np.arange(begin, min(begin + CHUNK, count)), CHUNK)  # one shape
-        index, label = maps.image[rows], maps.label[rows]
-        chance = random_maps(
-            (CHUNK, 1, *maps.hirescam.shape[1:]), index=index, labels=label[:, None]
+    key = jax.random.key(seed)
+    losses: list[Any] = []
+    for number, (inputs, labels) in enumerate(
+        progress(batches, f"training {model.classifier}", "step", total=steps)
+    ):
+        state, loss = step(state, inputs, labels, jax.random.fold_in(key, number))
+        losses.append(loss)
+        if number and not math.isfinite(float(losses[-2])):
+            break
+    first, last = float(losses[0]), float(losses[-1])
+    if not math.isfinite(last):
+        raise UserError(
+            f"the loss of the {model.classifier} head became {last}: are --weights of this network?"
         )
-        small = np.stack([maps.hirescam[rows], maps.gradcam[rows], chance[:, 0]], axis=1)
-        result = _measure(small, blob, masks[index], label)
-        results.append(jax.device_get(result))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
+    say(f"{model.classifier}: loss {first:.3f} -> {last:.3f} in {len(losses)} steps")
+    return state
 
 
-@jax.jit
-def _measure(small: Array, blob: Array, masks: Array, label: Array) -> dict[str, Array]:
-    size = masks.shape[-1]
-    large = jax.image.resize(small, (*small.shape[:2], size, size), "linear")
-    blobs = jnp.broadcast_to(blob, (len(small), 1, size, size))
-    maps = jnp.concatenate([large[:, :2], blobs, large[:, 2:]], axis=1)
-    inside = jnp.broadcast_to(masks[:, None] == label[:, None, None, None] + 1, maps.shape)
-    void = jnp.broadcast_to(masks[:, None] == VOID, maps.shape)
-    return {
-        "iou": overlap(normalize_map(maps), inside, ORGAN_IOU_THRESHOLDS, void).iou,
-        "pointing": pointing_game(maps, inside, void),
-        "energy": energy_inside(maps, inside, void),
-        "rank_accuracy": rank_accuracy(maps, inside, void),
-        "average_precision": map_average_precision(maps, inside, void),
-    }
+def train_step(
+    model: MobileNetV2,
+    optimizer: Any,
+    finetune: bool,
+    state: State,
+    inputs: Array | np.ndarray,
+    labels: Array | np.ndarray,
+    key: Array,
+) -> tuple[State, Float[Array, ""]]:
+    """One update by binary cross-entropy over all classes; one program.
 
+    Args:
+        inputs: features [B, h, w, C], or with `finetune` photos uint8 [B, S, S, 3], of which each
+            is mirrored with probability 1/2.
+        labels: [B, 20] in {0, 1}.
+    """
+    flip_key, dropout_key = jax.random.split(key)
+    inputs = jnp.asarray(inputs)
+    if finetune:
+        flip_B = jax.random.bernoulli(flip_key, 0.5, inputs.shape[:1])
+        inputs = jnp.where(flip_B[:, None, None, None], inputs[:, :, ::-1], inputs)
+        inputs = normalized(inputs)
 
-def difference(maps: Maps) -> dict[str, float | None]:
-    """How far Grad-CAM is from HiResCAM, see `compare`."""
-    exact = maps.hirescam.reshape(len(maps.image), -1).astype(np.float64)
-    averaged = maps.gradcam.reshape(len(maps.image), -1).astype(np.float64)
-    gap = np.abs(exact - averaged)
-    centred = [m - m.mean(1, keepdims=True) for m in (exact, averaged)]
-    norms = np.sqrt((centred[0] ** 2).sum(1) * (centred[1] ** 2).sum(1))
-    product = (centred[0] * centred[1]).sum(1)
-    correlation = np.where(norms > 0, product / np.where(norms > 0, norms, 1), np.nan)
-    peak = np.abs(exact).max()
-    return {
-        "relative_l1": float(relative_l1(maps).mean()),
-        "correlation": _number(nan_mean(correlation)),
-        "other_peak": float((exact.argmax(1) != averaged.argmax(1)).mean()),
-        "other_sign": float((np.sign(exact) != np.sign(averaged)).mean()),
-        "largest": float(gap.max() / peak) if peak else 0.0,
-    }
-
-
-def relative_l1(maps: Maps) -> np.ndarray:
-    """Per pair, sum |HiResCAM - Grad-CAM| / sum |HiResCAM|."""
-    size = np.abs(maps.hirescam).sum((1, 2))
-    return np.abs(maps.hirescam - maps.gradcam).sum((1, 2)) / np.where(size > 0, size, 1)
-
-
-def table(result: dict[str, Any]) -> str:
-    """The comparison as text."""
-    parts = []
-    for name, head in result["heads"].items():
-        rows = [[f"{name} head, {head['pairs']} objects", *MEASURES.values()]]
-        rows += [
-            [title, *(f"{head['maps'][key][m]:.3f}" for m in MEASURES)]
-            for key, title in zip(
-                MAPS, ("HiResCAM", "Grad-CAM", "centre blob", "random map"), strict=True
-            )
-        ]
-        gap = head["difference"]
-        line = (
-            f"HiResCAM and Grad-CAM differ by {gap['relative_l1']:.2g} of the map (largest "
-            f"{gap['largest']:.1g}); their peak lies elsewhere in {gap['other_peak']:.0%} of the "
-            f"objects, their sign differs in {gap['other_sign']:.0%} of the cells"
+    def loss_of(params: Any) -> tuple[Array, Any]:
+        logits, changed = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            inputs,
+            True,
+            method=None if finetune else "head",
+            rngs={"dropout": dropout_key},
+            mutable=["batch_stats"],
         )
-        parts.append("\n".join([aligned(rows), line, head["verdict"]["text"]]))
-    return "\n\n".join(parts)
+        return classification_loss(logits, jnp.asarray(labels)), changed.get("batch_stats", {})
+
+    (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    return State(optax.apply_updates(state.params, updates), batch_stats, opt_state), loss
 
 
-def draw(path: Path, items: dict[str, np.ndarray], maps: Maps, count: int = 8) -> None:
-    """The objects on which the two maps differ most, an object a row: the photo with the outline of
-    the object, Grad-CAM, HiResCAM, and HiResCAM minus Grad-CAM; one scale a row, blue for the
-    class, red against it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    gaps = relative_l1(maps)
-    worst = np.argsort(-gaps, kind="stable")[:count]
-    figure = Figure(figsize=(10.4, 2.75 * len(worst) + 0.7), facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(worst), 4, squeeze=False)
-    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.5 / figure.get_figheight(), 0.03, 0.12)
-    size = items["image"].shape[1]
-    for row, pair in zip(axes, worst, strict=True):
-        photo, mask = items["image"][maps.image[pair]], items["mask"][maps.image[pair]]
-        inside = mask == maps.label[pair] + 1
-        exact, averaged = maps.hirescam[pair], maps.gradcam[pair]
-        peak = max(float(np.abs(exact).max()), float(np.abs(averaged).max()), 1e-12)
-        grey = photo.mean(-1)
-        for column, small in enumerate((None, averaged, exact, exact - averaged)):
-            ax = row[column]
-            ax.set_axis_off()
-            if small is None:
-                ax.imshow(photo)
-            else:
-                ax.imshow(grey, "Greys_r", vmin=-60, vmax=300)
-                large = np.asarray(jax.image.resize(small, (size, size), "linear"))
-                weight = np.clip(np.abs(large) / peak * 1.5, 0, 0.8)
-                ax.imshow(large, "RdBu", vmin=-peak, vmax=peak, alpha=weight)
-            ax.contour(inside, [0.5], colors="white", linewidths=2.4)
-            ax.contour(inside, [0.5], colors="black", linewidths=1.0)
-        name = CLASSES[maps.label[pair]]
-        title = {"fontsize": 9.5, "loc": "left"}
-        row[0].set_title(
-            f"{name}, score {maps.logits[maps.image[pair], maps.label[pair]]:.1f}", **title
-        )
-        row[1].set_title("Grad-CAM", **title)
-        row[2].set_title("HiResCAM", **title)
-        row[3].set_title(f"difference: {gaps[pair]:.0%} of HiResCAM", **title)
-    head = (
-        "Where Grad-CAM and HiResCAM differ most (flatten head; blue: for the class, red: against)"
-    )
-    figure.text(0.012, 1 - 0.2 / figure.get_figheight(), head, fontsize=11, weight="bold")
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=80, format="png")
-
-
-def normalize(images: Array) -> Array:
-    """uint8 RGB -> what torchvision's networks take."""
-    return ((images.astype(jnp.float32) / 255 - MEAN) / STD).astype(jnp.float32)
-
-
-def _loaded(source: VOC, name: str) -> dict[str, np.ndarray]:
-    """A split in memory, read once by Grain's threads."""
-    dataset = grain.MapDataset.source(source).to_iter_dataset()  # type: ignore[arg-type]
-    bar = progress(dataset, f"reading {name}", "image", total=len(source))
-    items = list(bar)
-    return {key: np.stack([item[key] for item in items]) for key in items[0]}
-
-
-def _start(model: MobileNetV2, weights: Path | None, size: int, seed: int) -> dict[str, Any]:
-    """Variables of the backbone; the classifier in a weight file is of other classes."""
-    if weights is None:
-        say("no --weights: the backbone is random, its maps mean nothing")
-        init = jax.jit(partial(model.init, jax.random.key(seed)))
-        return init(jnp.zeros((1, size, size, 3)))
-    tensors = read_weights(weights)
-    labels = len(tensors.get("classifier.1.bias", ())) or 1000
-    original = model.clone(num_labels=labels, classifier="gap")
-    return from_torch(original, tensors, (size, size, 3), str(weights))
-
-
-def _feature_shape(model: MobileNetV2, size: int) -> tuple[int, ...]:
-    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    return jax.eval_shape(partial(model.apply, method="features"), variables, image).shape[1:]
-
-
-def _number(value: Any) -> float | None:
-    return None if np.isnan(value) else float(value)
+def _plain(value: Any) -> Any:
+    """For JSON: what is not defined is null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
