@@ -141,7 +141,8 @@ def evaluate(
     sanity: int = 0,
 ) -> None:
     """Measure a run on its test split: AUROC, average precision, calibration, and its maps against
-    organs and lesions, beside maps that no model made.
+    organs and lesions, beside maps that no model made. Repeat the command to continue after an
+    interruption.
 
     Args:
         run: folder of a run.
@@ -160,6 +161,7 @@ def evaluate(
     from hirescam_jax.data.pipeline import digest_of
     from hirescam_jax.evaluate import evaluate_run, table
     from hirescam_jax.files import atomic_file
+    from hirescam_jax.kept import Kept
     from hirescam_jax.train import open_data
 
     opened = load_run(run, checkpoint).on_mesh(depth_devices)
@@ -169,9 +171,11 @@ def evaluate(
     splits = [open_data(config, split, with_lesions=True) for split in ("val", "test")]
     sizes = {name: len(split) for name, split in zip(("val", "test"), splits, strict=True)}
     facts = {**opened.header.facts(**sizes), "step": str(opened.step)}
-    distributed.agree({**facts, "content of the splits": str(list(map(digest_of, splits)))})
-    result = evaluate_run(opened, *splits, faithfulness=faithfulness, sanity=sanity)
+    facts["content of the splits"] = str(list(map(digest_of, splits)))
+    distributed.agree(facts)
     target = out or run / "evaluation.json"
+    kept = Kept(target.with_name(f".{target.stem}_batches"), facts)
+    result = evaluate_run(opened, *splits, faithfulness=faithfulness, sanity=sanity, kept=kept)
 
     def write() -> None:
         with atomic_file(target) as temporary:
@@ -186,6 +190,7 @@ def evaluate(
         print(target)
 
     distributed.on_first(write)
+    kept.remove()
 
 
 def explain(

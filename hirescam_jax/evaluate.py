@@ -18,6 +18,7 @@ from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config
 from hirescam_jax.data.pipeline import Source, eval_batches, patients_of
 from hirescam_jax.errors import UserError
+from hirescam_jax.kept import Kept
 from hirescam_jax.losses import allowed_of, labels_of
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
@@ -175,30 +176,42 @@ def _predict_program(config: Config, layout: Layout) -> Any:
 
 
 def predict(
-    run: Run, source: Source, title: str = "evaluate", prior: np.ndarray | None = None
+    run: Run,
+    source: Source,
+    title: str = "evaluate",
+    prior: np.ndarray | None = None,
+    kept: Kept | None = None,
 ) -> Predictions:
     """Runs a model over a split, on all devices of all processes; each gets the whole result.
 
     Args:
         prior: the organ prior [K, d, h, w] of another split to measure (`Predictions.prior`); by
             default this split's own.
+        kept: results of batches that are done already, under `title`; new ones are added.
     """
     config = run.config
     layout = open_layout(config, tuple(source.shape), evaluation=True)
     variables = sharding.replicate(run.variables, layout.mesh)
     # Of the config only what the maps depend on: runs that differ in their training share it.
     step = _predict_program(Config(config.model, preprocess=config.preprocess), layout)
-    results, maps = [], []
-    batches = eval_batches(source, layout.share, workers=config.workers)
-    for first in progress(range(0, len(source), layout.batch_size), title, "batch"):
+    name = f"{title}_by_{layout.batch_size}".replace(" ", "_")
+    results = kept.load(name) if kept else []
+    steps = range(len(results), -(-len(source) // layout.batch_size))
+    batches = eval_batches(source, layout.share, workers=config.workers, steps=steps)
+    for number in progress(steps, title, "batch"):
         result = jax.device_get(step(variables, layout.to_devices(next(batches))))
         # For what is measured afterwards: bits, and the maps of labels that are present.
         packed = {n: np.packbits(m.reshape(len(m), -1), 1) for n, m in result["masks"].items()}
-        present = result["labels"][: len(source) - first]
+        present = result["labels"][: len(source) - number * layout.batch_size]
         own = [m[: len(present)][present] for m in result.pop("maps").values()]
+        result = {"volumes": {**result, "masks": packed}}
         if own:
-            maps.append(np.stack(own, axis=1))
-        results.append({**result, "masks": packed})
+            result["maps"] = np.stack(own, axis=1)
+        if kept:
+            kept.save(name, number, result)
+        results.append(result)
+    maps = [result["maps"] for result in results if "maps" in result]
+    results = [result["volumes"] for result in results]
     whole = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(source)], *results)
     labels, findings = whole["labels"], whole["findings"]
     if config.model.depth_unit is None:  # no maps in the body, and no organs to compare them with
@@ -264,11 +277,18 @@ def _allowed(findings: np.ndarray, regions: np.ndarray) -> np.ndarray:
 
 
 def evaluate_run(
-    run: Run, validation: Source, test: Source, *, faithfulness: int = 0, sanity: int = 0
+    run: Run,
+    validation: Source,
+    test: Source,
+    *,
+    faithfulness: int = 0,
+    sanity: int = 0,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """`evaluate` of a run on two opened splits.
 
     Args:
+        kept: continue from these results.
         faithfulness, sanity: do these checks (`hirescam_jax.evaluate_checks`) on so many test
             volumes.
 
@@ -286,8 +306,8 @@ def evaluate_run(
             )
         if number and run.model.depth_unit is None:
             raise UserError(f"--{name}: {type(run.model).__name__} has no maps in the body")
-    on_validation = predict(run, validation, "validation split")
-    on_test = predict(run, test, "test split", on_validation.prior)
+    on_validation = predict(run, validation, "validation split", kept=kept)
+    on_test = predict(run, test, "test split", on_validation.prior, kept)
     result = evaluate(
         run.labels,
         on_validation,

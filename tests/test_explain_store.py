@@ -26,6 +26,7 @@ from hirescam_jax.data.grid import feature_affine
 from hirescam_jax.data.store import Store, write_store
 from hirescam_jax.errors import UserError
 from hirescam_jax.explain_store import explain_store
+from hirescam_jax.kept import Kept
 from hirescam_jax.map_store import MapWriter, open_maps
 from hirescam_jax.models import AxialNet
 from hirescam_jax.step import feature_grid, init_state, make_optimizer
@@ -358,6 +359,49 @@ def test_evaluation_on_processes_is_that_of_one(folder, tmp_path):
             assert value == expected, name
         else:
             assert value == pytest.approx(expected, rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_an_interrupted_evaluation_continues(folder, tmp_path, monkeypatch, damage):
+    """Two and three batches of the splits; the fourth is interrupted, a damaged one made again."""
+    command = ["evaluate", str(folder / "run"), "--out"]
+    cli.main([*command, str(tmp_path / "one.json")])
+    saved: list[tuple[str, int]] = []
+    save = Kept.save
+
+    def counted(self, split, number, result, limit=None):
+        if limit is not None and len(saved) == limit:
+            raise KeyboardInterrupt
+        save(self, split, number, result)
+        saved.append((split, number))
+
+    monkeypatch.setattr(Kept, "save", lambda *arguments: counted(*arguments, limit=3))
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, str(tmp_path / "two.json")])
+    assert ended.value.code == 130
+    assert not (tmp_path / "two.json").exists()
+    parts = tmp_path / ".two_batches"
+    assert len(list(parts.glob("*.npz"))) == 3
+    if damage:
+        (broken,) = parts.glob("validation*_000001.npz")
+        broken.write_bytes(broken.read_bytes()[:-200])
+    monkeypatch.setattr(Kept, "save", counted)
+    first, saved[:] = list(saved), []
+    cli.main([*command, str(tmp_path / "two.json")])
+    assert len(saved) == (3 if damage else 2)
+    assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
+    assert not parts.exists()
+    assert len(set(first + saved)) == 5
+
+
+def test_results_of_other_weights_are_not_continued(tmp_path):
+    kept = Kept(tmp_path / "parts", {"step": "1"})
+    kept.save("test", 0, {"a": np.arange(3), "b": {"c": np.ones(2, bool)}})
+    (again,) = Kept(tmp_path / "parts", {"step": "1"}).load("test")
+    np.testing.assert_array_equal(again["a"], [0, 1, 2])
+    np.testing.assert_array_equal(again["b"]["c"], [True, True])
+    assert kept.load("val") == []
+    assert Kept(tmp_path / "parts", {"step": "2"}).load("test") == []
 
 
 def test_processes_that_are_given_files(folder, tmp_path, capsys, monkeypatch):
