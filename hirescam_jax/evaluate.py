@@ -204,9 +204,8 @@ def predict(
         packed = {n: np.packbits(m.reshape(len(m), -1), 1) for n, m in result["masks"].items()}
         present = result["labels"][: len(source) - number * layout.batch_size]
         own = [m[: len(present)][present] for m in result.pop("maps").values()]
-        result = {"volumes": {**result, "masks": packed}}
-        if own:
-            result["maps"] = np.stack(own, axis=1)
+        kept_maps = {"maps": np.stack(own, axis=1)} if own else {}
+        result = {"volumes": {**result, "masks": packed}, **kept_maps}
         if kept:
             kept.save(name, number, result)
         results.append(result)
