@@ -124,7 +124,7 @@ def test_all_experiments_and_their_tables(tmp_path: Path):
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
     subprocess.run(command, env=path, check=True, stdout=subprocess.DEVNULL)
-    rows = list(csv.DictReader((tmp_path / "tables" / "models.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "tables" / "models.csv").read_text().splitlines()))
     assert [row["model"] for row in rows] == names("*")
     for row in rows:
         assert 0 <= float(row["AUROC low"]) <= float(row["AUROC"]) <= float(row["AUROC high"]) <= 1
