@@ -127,7 +127,7 @@ def _plain(where: str, name: str, value: Any) -> np.ndarray:
         raise _no_floats(where, name, kind)
     if hasattr(value, "detach"):  # a tensor of PyTorch
         if value.is_meta:
-            raise UserError(f"{where}: '{name}' is on the meta device, without numbers: fill it")
+            raise UserError(f"{where}: '{name}' is on the meta device, without data: load it first")
         if str(value.layout) != "torch.strided":
             raise UserError(f"{where}: '{name}' is sparse: save what its to_dense() gives")
         value = value.detach().cpu().float().numpy()
