@@ -11,6 +11,7 @@ transposed, and one behind convolutions takes [C, d, h, w] flattened there and [
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -104,12 +105,14 @@ def _shapes(model: Any, shape: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
         raise ValueError(f"{kind}: shape must be ({', '.join(axes)}), got {shape}")
     example = jax.ShapeDtypeStruct((1, *shape, 3) if images else (1, *shape), jnp.float32)
 
-    def run(key: Any, example: Any) -> Any:
-        variables = model.init(key, example)
-        return variables, model.apply(variables, example, method="features")
+    def features_of(model: Any, example: Any) -> Any:
+        features = model.features(example)
+        model.head(features)
+        return features
 
+    init = partial(model.init_with_output, method=features_of)
     try:
-        variables, features = jax.eval_shape(run, jax.random.key(0), example)
+        features, variables = jax.eval_shape(init, jax.random.key(0), example)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{kind} does not fit shape {shape}: {reason}") from error

@@ -80,7 +80,7 @@ def to_torch(model: Any, variables: Mapping[str, Any], shape: tuple[int, ...]) -
 
 
 def start_weights(
-    path: str, model: Any, shape: tuple[int, ...], backbone: bool = False
+    path: str | Path, model: Any, shape: tuple[int, ...], backbone: bool = False
 ) -> tuple[dict[str, Any], str]:
     """What a training starts from: all variables of `model`, or those of its backbone, and a line
     that says which. What is not among them keeps its initial values.
@@ -92,16 +92,16 @@ def start_weights(
     Raises:
         UserError: as `read_weights` and `from_torch`.
     """
-    kind, tensors = type(model).__name__, read_weights(Path(path))
+    kind, tensors = type(model).__name__, read_weights(path)
     images = isinstance(model, IMAGE_NETWORKS)
     if not backbone and (images or owner_of(tensors) != "torchvision's ResNet"):
-        return from_torch(model, tensors, shape, path), f"{path}: starts the whole {kind}"
+        return from_torch(model, tensors, shape, str(path)), f"{path}: starts the whole {kind}"
     slots = _backbone(model, shape)
     if not slots:
         raise UserError(f"{path}: starts a ResNet, which {kind} has not")
     left = {name: tensors[name] for name in tensors if name.startswith(CLASSIFIERS)}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in left}
-    _check(f"{kind}'s backbone", slots, tensors, path)
+    _check(f"{kind}'s backbone", slots, tensors, str(path))
     out = f"; its {' and '.join(map(_described, left.items()))} are left out" if left else ""
     line = f"{path}: starts the backbone of {kind}{out}; the rest starts at random"
     return _variables(slots, tensors), line
@@ -122,7 +122,7 @@ def _backbone(model: Any, shape: tuple[int, ...]) -> dict[str, Slot]:
 # -- files ----------------------------------------------------------------------------------------
 
 
-def read_weights(path: Path) -> Tensors:
+def read_weights(path: str | Path) -> Tensors:
     """The tensors of a .safetensors file, or of one that `torch.save` wrote (.pth, .pt, or none of
     these names), as float32 arrays; what stands beside a state dict in it is left out.
 
@@ -130,12 +130,13 @@ def read_weights(path: Path) -> Tensors:
         UserError: no such file, a damaged one, one that holds Python objects (whose code is not
             run), tensors refused by `plain_tensors`, or PyTorch is needed and missing.
     """
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weight file")
     return plain_tensors(load(path), str(path))
 
 
-def write_weights(path: Path, tensors: Mapping[str, np.ndarray], key: str = "") -> None:
+def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray], key: str = "") -> None:
     """Writes a .safetensors, .pth or .pt file, whole or not at all; one that exists is replaced.
 
     Args:
@@ -146,6 +147,7 @@ def write_weights(path: Path, tensors: Mapping[str, np.ndarray], key: str = "") 
     Raises:
         UserError: another suffix, PyTorch is missing, a full disk.
     """
+    path = Path(path)
     check_suffix(path)
     tensors = {
         name: np.asarray(array, np.float32 if array.dtype.name == "bfloat16" else None, order="C")
@@ -176,7 +178,7 @@ def check_suffix(path: Path) -> None:
 # -- Flax variables -------------------------------------------------------------------------------
 
 
-def write_variables(path: Path, variables: Mapping[str, Any]) -> int:
+def write_variables(path: str | Path, variables: Mapping[str, Any]) -> int:
     """Writes variables {"params": ..., "batch_stats": ...} as a .safetensors file: each array, in
     its own order of axes, under its path, such as "params/resnet/conv1/kernel".
 
@@ -186,14 +188,14 @@ def write_variables(path: Path, variables: Mapping[str, Any]) -> int:
     Raises:
         UserError: another suffix, a full disk.
     """
-    if path.suffix != ".safetensors":
+    if Path(path).suffix != ".safetensors":
         raise UserError(f"{path}: Flax variables are written as .safetensors")
     arrays = {"/".join(place): np.asarray(leaf) for place, leaf in _leaves(variables).items()}
     write_weights(path, arrays)
     return len(arrays)
 
 
-def read_variables(path: Path) -> dict[str, Any]:
+def read_variables(path: str | Path) -> dict[str, Any]:
     """The variables, float32, in a file of `write_variables`.
 
     Raises:
