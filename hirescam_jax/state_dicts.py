@@ -39,7 +39,7 @@ def _load_safetensors(path: Path) -> Any:
         with safe_open(path, "numpy") as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         for name, kind in kinds.items():
-            if kind.startswith(("F8", "F6", "F4")):  # which NumPy has not
+            if kind.startswith(("F8_", "F6_", "F4")):  # which NumPy has not
                 raise _no_floats(str(path), name, kind)
         return load_file(path)
     except (SafetensorError, KeyError, TypeError) as error:

@@ -202,11 +202,11 @@ def test_bfloat16_is_written_as_float32(tmp_path, suffix):
     np.testing.assert_array_equal(tensors["fc.bias"], variables["params"]["fc"]["bias"])
 
 
-def test_half_precision_is_read(tmp_path):
+def test_half_and_double_precision_are_read(tmp_path):
     from safetensors.torch import save_file
 
     model, net, shape = paper_net("axialnet-dense")
-    for kind in (torch.float16, torch.bfloat16):
+    for kind in (torch.float16, torch.bfloat16, torch.float64):
         state = {n: t.to(kind) if t.is_floating_point() else t for n, t in net.state_dict().items()}
         save_file(state, tmp_path / "half.safetensors")
         torch.save(state, tmp_path / "half.pth")
