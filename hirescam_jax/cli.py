@@ -81,9 +81,10 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def convert(arguments: Sequence[str]) -> None:
-    """hirescam convert SOURCE TARGET [--config CONFIG.py] [--FIELD VALUE ...] [--overwrite]"""
+    """hirescam convert SOURCE TARGET [--config CONFIG.py] [--FIELD VALUE ...] [--overwrite], or
+    hirescam convert SOURCE TARGET --architecture NAME [--overwrite]"""
     from hirescam_jax import config as configs
-    from hirescam_jax.convert import run_to_weights, weights_to_run
+    from hirescam_jax.convert import convert_image_weights, run_to_weights, weights_to_run
 
     path, rest = _take_option(arguments, "--config")
     default = configs.load_config(Path(path)) if path else configs.Config()
@@ -93,14 +94,23 @@ def convert(arguments: Sequence[str]) -> None:
         target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help=CONVERT_TARGET)],
         config: Annotated[configs.Config, tyro.conf.arg(name="")] = default,
         checkpoint: Annotated[Literal["best", "latest"], tyro.conf.arg(help="of a run")] = "best",
+        architecture: Annotated[str, tyro.conf.arg(help=ARCHITECTURE)] = "",
         overwrite: Annotated[bool, tyro.conf.arg(help="replace TARGET")] = False,
     ) -> None:
         """PyTorch weights to a run folder (which needs --config CONFIG.py, of the model and its
-        data, whose fields can be overridden), or a run folder to PyTorch weights."""
-        if source.is_dir():
+        data, whose fields can be overridden), or a run folder to PyTorch weights. With
+        --architecture: weights of a network for images to Flax variables, or back."""
+        if architecture and path:
+            raise UserError("convert: give --config or --architecture, not both")
+        if architecture:
+            count = convert_image_weights(source, target, architecture, overwrite)
+        elif source.is_dir():
             count = run_to_weights(source, target, checkpoint, overwrite)
         elif path is None:
-            raise UserError("convert: give --config CONFIG.py, which says the model and its data")
+            raise UserError(
+                "convert: give --config CONFIG.py, which says the model and its data, or, for a "
+                "network for images, --architecture NAME"
+            )
         else:
             configs.check_types(config, path)
             count = weights_to_run(source, target, config, overwrite)
@@ -116,6 +126,10 @@ def convert(arguments: Sequence[str]) -> None:
 
 CONVERT_SOURCE = "a weight file (.pth, .safetensors), or the folder of a run"
 CONVERT_TARGET = "a new run folder, or a weight file (.pth, .pt, .safetensors)"
+ARCHITECTURE = (
+    "of torchvision's: resnet18, resnet34, resnet50, vgg16, densenet121 or mobilenet_v2; makes "
+    "a .safetensors file of Flax variables, and of such a file torchvision's weights"
+)
 
 
 def _take_option(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:
@@ -278,7 +292,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
   train      train a model from a config
   evaluate   measure a run: predictions, calibration, maps against organs and lesions
   explain    explain CT volumes (NIfTI), or a store, with a run
-  convert    PyTorch weights to a run folder, or a run to PyTorch weights
+  convert    PyTorch weights to a run folder or to Flax variables, and back
   phantom    write phantom CTs as NIfTI
   lesions    write copies of real CTs with synthetic lesions, to check a pipeline
   localize   compare written maps with masks of lesions

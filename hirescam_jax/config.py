@@ -145,7 +145,9 @@ def check_types(value: Any, where: str, field: str = "config") -> None:
         if dataclasses.is_dataclass(item) and is_bearable(item, hint):
             check_types(item, where, name)
         elif not _fits(item, hint):
-            raise UserError(f"{where}: {name} must be {_spell(hint)}, got {item!r}")
+            # A network's own text has many lines.
+            got = type(item).__name__ if isinstance(item, nn.Module) else repr(item)
+            raise UserError(f"{where}: {name} must be {_spell(hint)}, got {got}")
 
 
 def check_sizes(config: Config) -> None:

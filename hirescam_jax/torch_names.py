@@ -9,6 +9,9 @@ Convolutions are [out, in, *kernel] in PyTorch and [*kernel, in, out] here, line
 transposed, and one behind convolutions takes [C, d, h, w] flattened there and [d, h, w, C] here.
 """
 
+import re
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +37,7 @@ LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
+IMAGE_NETWORKS = VGG | ResNetClassifier | DenseNet | MobileNetV2
 
 
 class Slot(NamedTuple):
@@ -74,21 +78,48 @@ class Slot(NamedTuple):
 
 
 def slots_of(model: Any, shape: tuple[int, ...]) -> dict[str, Slot]:
-    """The tensors of a model in PyTorch, by name."""
-    _layer(model, ("fc",))  # TypeError for any other object
-    images = isinstance(model, VGG | ResNetClassifier | DenseNet | MobileNetV2)
-    example = jax.ShapeDtypeStruct((1, *shape, 3) if images else (1, *shape), jnp.float32)
-    variables: Any = jax.eval_shape(model.init, jax.random.key(0), example)
-    features = jax.eval_shape(lambda v, x: model.apply(v, x, method="features"), variables, example)
-    name, grid = _flat_layer(model, features.shape[1:-1])
+    """The tensors of a model in PyTorch, by name.
+
+    Raises:
+        ValueError: no `shape` (D, H, W), or (H, W) for images, that the model can take.
+        TypeError: no network of `hirescam_jax.models`.
+    """
+    layer_name(model, ("fc",))  # TypeError for any other object
+    variables, positions = _shapes(model, shape)
+    name, grid = _flat_layer(model, positions)
     slots = {}
     leaves: Any = flatten_dict(variables)
     for path, leaf in leaves.items():
         slot = Slot(path, leaf.shape)
         if path[1:] == (name, "kernel"):
             slot = Slot(path, leaf.shape, grid, isinstance(model, AxialNet))
-        slots[tensor_name(_layer(model, path[1:-1]), path[-1])] = slot
+        slots[tensor_name(layer_name(model, path[1:-1]), path[-1])] = slot
     return dict(sorted(slots.items(), key=lambda item: _in_order(item[0])))
+
+
+def _shapes(model: Any, shape: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
+    """The shapes of a model's variables, and the grid of its features."""
+    images, kind = isinstance(model, IMAGE_NETWORKS), type(model).__name__
+    axes = ("H", "W") if images else ("D", "H", "W")
+    if len(shape) != len(axes) or min(shape) < 1:
+        raise ValueError(f"{kind}: shape must be ({', '.join(axes)}), got {shape}")
+    example = jax.ShapeDtypeStruct((1, *shape, 3) if images else (1, *shape), jnp.float32)
+
+    def features_of(model: Any, example: Any) -> Any:
+        features = model.features(example)
+        model.head(features)
+        return features
+
+    init = partial(model.init_with_output, method=features_of)
+    try:
+        features, variables = jax.eval_shape(init, jax.random.key(0), example)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{kind} does not fit shape {shape}: {reason}") from error
+    grid = features.shape[1:-1]
+    if min(grid) < 1:
+        raise ValueError(f"{kind} does not fit shape {shape}: its features have the grid {grid}")
+    return variables, grid
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
@@ -114,7 +145,31 @@ def tensor_name(layer: str, leaf: str) -> str:
     return f"{layer}.{LEAVES[leaf]}"
 
 
-def _layer(model: Any, path: tuple[str, ...]) -> str:
+def current_name(name: str) -> str:
+    """torchvision's name of today for one of its files from before 2018, in which DenseNet's
+    norm1, conv1, norm2 and conv2 are called norm.1, ... (as torchvision renames them too)."""
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
+
+
+# A tensor that tells whose weights they are; the first that is there.
+SIGNS = (
+    ("layer1.0.conv1.weight", "torchvision's ResNet"),
+    ("features.denseblock1.denselayer1.conv1.weight", "torchvision's DenseNet"),
+    ("features.1.conv.0.0.weight", "torchvision's MobileNetV2"),
+    ("conv2d.0.weight", "AxialNet"),
+    ("reducingconvs.10.weight", "3DConv"),
+    ("reducingconvs.0.weight", "BodyConv or CTNet"),
+    ("classifier.6.weight", "torchvision's VGG"),
+)
+
+
+def owner_of(names: Iterable[str]) -> str:
+    """The architecture that has tensors of these names; empty where none is known to have."""
+    found = set(names)
+    return next((owner for sign, owner in SIGNS if sign in found), "")
+
+
+def layer_name(model: Any, path: tuple[str, ...]) -> str:
     """The name in PyTorch of the layer at `path` of a model's variables."""
     first = path[0]
     kind, _, number = first.rpartition("_")

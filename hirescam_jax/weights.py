@@ -1,6 +1,9 @@
-"""Weights of PyTorch networks, both ways and without loss (`torch_names` tells whose names)."""
+"""Weights of PyTorch networks, both ways (`torch_names` tells whose names), and their files.
 
-from collections.abc import Iterable, Mapping
+Here they are float32: from there float16 and bfloat16 come without loss, float64 rounded.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hirescam_jax.errors import UserError
 from hirescam_jax.files import atomic_file
-from hirescam_jax.models import ResNetClassifier
-from hirescam_jax.torch_names import Slot, resnet_layer, slots_of, tensor_name
+from hirescam_jax.state_dicts import COUNTER, Tensors, load, need_torch, plain_tensors
+from hirescam_jax.torch_names import (
+    IMAGE_NETWORKS,
+    Slot,
+    owner_of,
+    resnet_layer,
+    slots_of,
+    tensor_name,
+)
 
-COUNTER = "num_batches_tracked"  # of BatchNorm; without use at PyTorch's default momentum
-# Where training scripts keep the state dict among other things; the authors' is "params".
-WRAPPERS = ("params", "state_dict", "model_state_dict", "model")
+CLASSIFIERS = ("fc.", "classifier.")  # what begins the names of torchvision's last layers
 SUFFIXES = (".pth", ".pt", ".safetensors")
-Tensors = dict[str, np.ndarray]
 
 
 def from_torch(
@@ -29,12 +36,15 @@ def from_torch(
     Args:
         model: a network of `hirescam_jax.models`.
         state_dict: tensors or arrays by name; also inside a checkpoint under "params" or
-            "state_dict", and with DataParallel's "module." before each name.
+            "state_dict", and with "module." (DataParallel) or "model." (PyTorch Lightning) before
+            each name.
         shape: (D, H, W) of the volumes, or (H, W) of the images, that the model is for.
         where: names the source in errors.
 
     Raises:
-        UserError: tensors that are missing, not of this model, or of another shape.
+        UserError: tensors that are missing, not of this model, of another shape, or refused by
+            `plain_tensors`.
+        ValueError: a `shape` that the model cannot take.
     """
     slots = slots_of(model, shape)
     tensors = plain_tensors(state_dict, where)
@@ -51,7 +61,7 @@ def to_torch(model: Any, variables: Mapping[str, Any], shape: tuple[int, ...]) -
         ValueError: variables of another model or for another `shape`.
     """
     slots = slots_of(model, shape)
-    leaves: Any = flatten_dict({name: dict(tree) for name, tree in variables.items()})
+    leaves = _leaves(variables)
     shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
     wanted = {slot.path: slot.shape for slot in slots.values()}
     for path in sorted(wanted.keys() | shapes.keys()):
@@ -62,95 +72,95 @@ def to_torch(model: Any, variables: Mapping[str, Any], shape: tuple[int, ...]) -
             )
     tensors: Tensors = {}
     for name, slot in slots.items():
-        tensors[name] = np.ascontiguousarray(slot.to_torch(np.asarray(leaves[slot.path])))
+        array = np.asarray(leaves[slot.path], np.float32)
+        tensors[name] = np.ascontiguousarray(slot.to_torch(array))
         if name.endswith("running_var"):
             tensors[name.replace("running_var", COUNTER)] = np.zeros((), np.int64)
     return tensors
 
 
-def start_weights(path: str, model: Any, shape: tuple[int, ...]) -> tuple[dict[str, Any], str]:
-    """What a training starts from: all variables of `model`, or, from torchvision's ResNet, those
-    of its backbone; and a line that says which.
+def start_weights(
+    path: str | Path, model: Any, shape: tuple[int, ...], backbone: bool = False
+) -> tuple[dict[str, Any], str]:
+    """What a training starts from: all variables of `model`, or those of its backbone, and a line
+    that says which. What is not among them keeps its initial values.
+
+    Args:
+        backbone: leave out the file's classifier, whose labels are other ones. From torchvision's
+            ResNet a network for volumes takes the backbone in any case.
 
     Raises:
         UserError: as `read_weights` and `from_torch`.
     """
-    tensors = read_weights(Path(path))
-    if isinstance(model, ResNetClassifier) or not _is_torchvision_resnet(tensors):
-        variables = from_torch(model, tensors, shape, path)
-        return variables, f"{path}: starts the whole {type(model).__name__}"
-    slots = {
+    kind, tensors = type(model).__name__, read_weights(path)
+    images = isinstance(model, IMAGE_NETWORKS)
+    if not backbone and (images or owner_of(tensors) != "torchvision's ResNet"):
+        return from_torch(model, tensors, shape, str(path)), f"{path}: starts the whole {kind}"
+    slots = _backbone(model, shape)
+    if not slots:
+        raise UserError(f"{path}: starts a ResNet, which {kind} has not")
+    left = {name: tensors[name] for name in tensors if name.startswith(CLASSIFIERS)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in left}
+    _check(f"{kind}'s backbone", slots, tensors, str(path))
+    out = f"; its {' and '.join(map(_described, left.items()))} are left out" if left else ""
+    line = f"{path}: starts the backbone of {kind}{out}; the rest starts at random"
+    return _variables(slots, tensors), line
+
+
+def _backbone(model: Any, shape: tuple[int, ...]) -> dict[str, Slot]:
+    """The tensors before the classifier, by torchvision's names; none where it has no such part."""
+    slots = slots_of(model, shape)
+    if isinstance(model, IMAGE_NETWORKS):
+        return {name: slot for name, slot in slots.items() if not name.startswith(CLASSIFIERS)}
+    return {
         tensor_name(resnet_layer(slot.path[2:-1]), slot.path[-1]): slot
-        for slot in slots_of(model, shape).values()
+        for slot in slots.values()
         if slot.path[1] == "resnet"
     }
-    if not slots:
-        raise UserError(f"{path}: torchvision's ResNet, which {type(model).__name__} has not")
-    left = {name: tensors[name] for name in tensors if name.startswith("fc.")}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in left}
-    _check(f"{type(model).__name__}'s ResNet", slots, tensors, path)
-    out = f"; its {' and '.join(map(_described, left.items()))} are left out" if left else ""
-    line = f"{path}: torchvision's ResNet, starts the backbone{out}; the rest starts at random"
-    return _variables(slots, tensors), line
 
 
 # -- files ----------------------------------------------------------------------------------------
 
 
-def read_weights(path: Path) -> Tensors:
+def read_weights(path: str | Path) -> Tensors:
     """The tensors of a .safetensors file, or of one that `torch.save` wrote (.pth, .pt, or none of
     these names), as float32 arrays; what stands beside a state dict in it is left out.
 
     Raises:
-        UserError: no such file, a damaged one, one that holds Python objects (never run here), or
-            PyTorch is needed and missing.
+        UserError: no such file, a damaged one, one that holds Python objects (whose code is not
+            run), tensors refused by `plain_tensors`, or PyTorch is needed and missing.
     """
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weight file")
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
-    return plain_tensors(read(path), str(path))
+    return plain_tensors(load(path), str(path))
 
 
-def _read_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not readable as safetensors ({_line(error)})") from error
-
-
-def _read_torch(path: Path) -> Any:
-    torch = _torch(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # PyTorch raises many kinds for damaged files
-        reason = _line(error)
-        if "weights_only" in reason or "Weights only" in reason:
-            reason = "it holds other Python objects than tensors: save the model's state_dict()"
-        raise UserError(f"{path}: not readable as PyTorch weights ({reason})") from error
-
-
-def write_weights(path: Path, tensors: Mapping[str, np.ndarray], key: str = "") -> None:
+def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray], key: str = "") -> None:
     """Writes a .safetensors, .pth or .pt file, whole or not at all; one that exists is replaced.
 
     Args:
+        tensors: bfloat16 is written as float32.
         key: .pth and .pt: put the state dict under this name, as the authors' code has it
             ("params").
 
     Raises:
         UserError: another suffix, PyTorch is missing, a full disk.
     """
+    path = Path(path)
     check_suffix(path)
+    tensors = {
+        name: np.asarray(array, np.float32 if array.dtype.name == "bfloat16" else None, order="C")
+        for name, array in tensors.items()
+    }
     if path.suffix == ".safetensors":
         from safetensors.numpy import save
 
-        content = save(dict(tensors))
+        content = save(tensors)
     else:
         import io
 
-        torch = _torch(path)
+        torch = need_torch(path)
         state = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
         buffer = io.BytesIO()
         torch.save({key: state} if key else state, buffer)
@@ -165,42 +175,53 @@ def check_suffix(path: Path) -> None:
         raise UserError(f"{path}: weights are written as one of {', '.join(SUFFIXES)}")
 
 
-def _torch(path: Path) -> Any:
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError(
-            f"{path}: this format needs PyTorch: pip install 'hirescam_jax[torch]', or use a "
-            ".safetensors file"
-        ) from error
-    return torch
+# -- Flax variables -------------------------------------------------------------------------------
 
 
-def plain_tensors(state_dict: Mapping[str, Any], where: str) -> Tensors:
-    """The float32 arrays in a state dict or a checkpoint around one, by their names without
-    DataParallel's prefix; without BatchNorm's counters.
+def write_variables(path: str | Path, variables: Mapping[str, Any]) -> int:
+    """Writes variables {"params": ..., "batch_stats": ...} as a .safetensors file: each array, in
+    its own order of axes, under its path, such as "params/resnet/conv1/kernel".
+
+    Returns:
+        The number of arrays.
 
     Raises:
-        UserError: something in it is no tensor.
+        UserError: another suffix, a full disk.
     """
-    if isinstance(state_dict, Mapping):
-        inner = [state_dict[name] for name in WRAPPERS if isinstance(state_dict.get(name), Mapping)]
-        state_dict = inner[0] if inner else state_dict
-    if not isinstance(state_dict, Mapping) or not state_dict:
-        raise UserError(f"{where}: holds no state dict (tensors by name)")
-    prefix = "module." if all(str(name).startswith("module.") for name in state_dict) else ""
-    tensors = {}
-    for name, value in state_dict.items():
-        name = str(name).removeprefix(prefix)
-        if name.endswith(COUNTER):
-            continue
-        if hasattr(value, "detach"):  # a tensor of PyTorch
-            value = value.detach().cpu().float().numpy()
-        array = np.asarray(value)
-        if not jnp.issubdtype(array.dtype, jnp.number):
-            raise UserError(f"{where}: '{name}' is no tensor: give the state dict alone")
-        tensors[name] = array.astype(np.float32)
-    return tensors
+    if Path(path).suffix != ".safetensors":
+        raise UserError(f"{path}: Flax variables are written as .safetensors")
+    arrays = {"/".join(place): np.asarray(leaf) for place, leaf in _leaves(variables).items()}
+    write_weights(path, arrays)
+    return len(arrays)
+
+
+def read_variables(path: str | Path) -> dict[str, Any]:
+    """The variables, float32, in a file of `write_variables`.
+
+    Raises:
+        UserError: as `read_weights`; a file with PyTorch's names.
+    """
+    tensors = read_weights(path)
+    if not holds_variables(tensors):
+        raise UserError(
+            f"{path}: holds no Flax variables but '{next(iter(tensors))}': make them by "
+            "`hirescam convert`, or take read_weights and from_torch"
+        )
+    return as_variables(tensors)
+
+
+def holds_variables(tensors: Tensors) -> bool:
+    """Whether the names are those of `write_variables`."""
+    return any(name.startswith("params/") for name in tensors)
+
+
+def as_variables(tensors: Tensors) -> dict[str, Any]:
+    """The variables in the tensors of `read_weights` from a file of `write_variables`."""
+    return jax.tree.map(jnp.asarray, unflatten_dict(tensors, sep="/"))
+
+
+def _leaves(variables: Mapping[str, Any]) -> Any:
+    return flatten_dict({name: dict(tree) for name, tree in variables.items()})
 
 
 # -- checks ---------------------------------------------------------------------------------------
@@ -211,29 +232,10 @@ def _variables(slots: dict[str, Slot], tensors: Tensors) -> dict[str, Any]:
     return jax.tree.map(jnp.asarray, unflatten_dict(flat))
 
 
-def _is_torchvision_resnet(tensors: Iterable[str]) -> bool:
-    return {"conv1.weight", "layer1.0.conv1.weight"} <= set(tensors)
-
-
-# A tensor that tells whose weights they are; the first that is there.
-SIGNS = (
-    ("layer1.0.conv1.weight", "torchvision's ResNet"),
-    ("features.denseblock1.denselayer1.conv1.weight", "torchvision's DenseNet"),
-    ("features.1.conv.0.0.weight", "torchvision's MobileNetV2"),
-    ("conv2d.0.weight", "AxialNet"),
-    ("reducingconvs.10.weight", "3DConv"),
-    ("reducingconvs.0.weight", "BodyConv or CTNet"),
-    ("classifier.6.weight", "torchvision's VGG"),
-)
-
-
-def _owner(names: Iterable[str]) -> str:
-    found = set(names)
-    return next((owner for sign, owner in SIGNS if sign in found), "")
-
-
 def _check(kind: str, slots: dict[str, Slot], tensors: Tensors, where: str) -> None:
     """Raises UserError unless the tensors are those of the slots."""
+    if holds_variables(tensors):
+        raise UserError(f"{where}: holds Flax variables: use read_variables, or convert it back")
     shapes = {name: slot.torch_shape for name, slot in slots.items()}
     missing = [(name, shape) for name, shape in shapes.items() if name not in tensors]
     extra = [(name, tensor) for name, tensor in tensors.items() if name not in shapes]
@@ -244,8 +246,8 @@ def _check(kind: str, slots: dict[str, Slot], tensors: Tensors, where: str) -> N
     ]
     if not (missing or extra or wrong):
         return
-    other, owner = "", _owner(tensors)
-    if owner and owner != _owner(shapes) and kind not in owner:
+    other, owner = "", owner_of(tensors)
+    if owner and owner != owner_of(shapes) and kind not in owner:
         other = f" but of another architecture, {owner}"
     elif 2 * len(missing) > len(shapes):
         other = " but of another architecture"
@@ -267,8 +269,3 @@ def _first_of(title: str, items: list[str]) -> str:
         return ""
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     return f"{title} {', '.join(items[:3])}{more}".strip()
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__

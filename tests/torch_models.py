@@ -1,19 +1,35 @@
 """The paper's networks in PyTorch, their layers named as in the authors' code, for comparison.
 
-Each is made like one of ours and returns its features, channels last, and its logits.
+Each is made like one of ours and returns its features, channels last, and its logits. For images
+there are torchvision's own networks.
 """
 
 import importlib
 import importlib.util
 import itertools
 import math
+from functools import cache
 
+import jax
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet, CTNet
+from hirescam_jax.models import (
+    VGG,
+    AxialNet,
+    BodyConv,
+    Conv3DNet,
+    CTNet,
+    DenseNet,
+    MobileNetV2,
+    ResNetClassifier,
+)
+from hirescam_jax.step import feature_grid
+
+# Compiles faster; what little is computed here hardly runs slower.
+FAST = {"xla_backend_optimization_level": 0}
 
 
 def import_torchvision():
@@ -208,12 +224,16 @@ PAPER = {
         AxialNet(3, (1, 2), (2, 3), "small", (), pool="dense", block="bottleneck"),
         (6, 12, 16),  # 2 x 3 x 4
     ),
+    "axialnet-bottleneck": (
+        AxialNet(3, (1, 1), (4, 3), "imagenet", (5,), block="bottleneck"),
+        (6, 64, 80),  # 2 x 4 x 5
+    ),
     "bodyconv": (
         BodyConv(3, **SMALL_RESNET, conv_widths=(4, 3), channels=2, hidden=(8, 7), dropout=0.0),
         (36, 32, 40),  # 2 x 3 x 4
     ),
     "ctnet": (
-        CTNet(3, (1, 1), (4, 18), "small", conv_widths=(4, 3), channels=2, hidden=(8, 7)),
+        CTNet(3, (1, 1), (4, 18), "small", (4, 3), channels=2, hidden=(8, 7), dropout=0.0),
         (6, 32, 40),  # 2 x 3 x 4
     ),
     "conv3d": (
@@ -221,3 +241,61 @@ PAPER = {
         (20, 27, 36),  # 2 x 3 x 4
     ),
 }
+
+
+@cache
+def paper_net(name):
+    """(our model, its PyTorch network, shape of the volumes)."""
+    model, shape = PAPER[name]
+    return model, randomise(torch_model(model, feature_grid(model, shape), shape)), shape
+
+
+MOBILE_STAGES = ((1, 4, 1, 1), (6, 6, 2, 2))
+DENSE_CHANNELS = (6 + 2 * 4) // 2 + 3 * 4
+DENSE = DenseNet(5, (2, 3), 4, 6, 2)
+IMAGE_NETS = {  # with (H, W) of the images
+    "resnet-basic": (ResNetClassifier(5, (1,) * 4), (64, 96)),
+    "resnet-bottleneck": (ResNetClassifier(5, (1,) * 4, block="bottleneck"), (64, 96)),
+    "vgg": (VGG(5, ((4,), (6, 6)), hidden=(8, 7)), (36, 44)),  # 9 x 11 features, pooled to 7 x 7
+    "densenet": (DENSE, (48, 64)),
+    "densenet-flatten": (DENSE.clone(classifier="flatten"), (24, 32)),  # 3 x 4
+    "mobilenet": (MobileNetV2(5, MOBILE_STAGES), (32, 48)),
+}
+
+
+def torchvision_net(name) -> nn.Module:
+    """torchvision's own network like that of `IMAGE_NETS`."""
+    nets = import_torchvision().models
+    if name.startswith("resnet"):
+        kinds = {
+            "resnet-basic": nets.resnet.BasicBlock,
+            "resnet-bottleneck": nets.resnet.Bottleneck,
+        }
+        return nets.resnet.ResNet(kinds[name], [1, 1, 1, 1], num_classes=5)
+    if name == "vgg":
+        with torch.device("meta"):  # its own classifier takes half a gigabyte
+            net = nets.vgg.VGG(nn.Identity(), 5, init_weights=False)
+        net.features = nets.vgg.make_layers([4, "M", 6, 6, "M"])
+        layers = [nn.Linear(6 * 49, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 7), nn.ReLU()]
+        net.classifier = nn.Sequential(*layers, nn.Dropout(), nn.Linear(7, 5))
+        return net
+    if name == "mobilenet":
+        stages = [list(stage) for stage in MOBILE_STAGES]
+        return nets.MobileNetV2(5, inverted_residual_setting=stages, round_nearest=2)
+    net = nets.DenseNet(4, (2, 3), 6, 2, num_classes=5)
+    if name == "densenet-flatten":
+        net.classifier = nn.Linear(DENSE_CHANNELS * 3 * 4, 5)
+        net.forward = lambda x: net.classifier(net.features(x).relu().flatten(1))
+    return net
+
+
+def torchvision_features(name, net) -> nn.Module:
+    """What comes before the pooling, [B, C, h, w]."""
+    if name.startswith("resnet"):
+        return nn.Sequential(*list(net.children())[:-2])
+    return nn.Sequential(net.features, nn.ReLU()) if name.startswith("densenet") else net.features
+
+
+def assert_same_trees(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)

@@ -279,6 +279,17 @@ class MobileNetV2Backbone(nn.Module):
         return nn.relu6(convolve(x, self.last_width, 1, "last"))
 
 
+# Those that torchvision has weights for, by its names.
+ARCHITECTURES = {
+    "resnet18": ResNetClassifier(),
+    "resnet34": ResNetClassifier(blocks=(3, 4, 6, 3)),
+    "resnet50": ResNetClassifier(blocks=(3, 4, 6, 3), block="bottleneck"),
+    "vgg16": VGG(),
+    "densenet121": DenseNet(),
+    "mobilenet_v2": MobileNetV2(),
+}
+
+
 def adaptive_average_pool(x: Images, size: int) -> Array:
     """[B, H, W, C] -> [B, size, size, C], as PyTorch's AdaptiveAvgPool2d: the mean over
     floor(i H / size) .. ceil((i + 1) H / size), which overlap or repeat where H does not divide."""
