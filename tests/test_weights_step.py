@@ -84,21 +84,31 @@ def torch_update(optimizer, logits, labels, penalty, mask_weight):
     return {"loss": loss.item(), "class_loss": class_loss.item(), "mask_loss": penalty.item()}
 
 
+def long(*cases):
+    """The same cases, marked."""
+    return [
+        pytest.param(*([case] if isinstance(case, str) else case), marks=pytest.mark.long)
+        for case in cases
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "size"),
     [
         ("axialnet", 2),
-        ("axialnet-max", 1),
-        ("bodyconv", 2),
         ("conv3d", 1),
-        ("axialnet-dense", 2),  # with bottlenecks
-        ("ctnet", 2),
-        pytest.param("axialnet", 1, marks=pytest.mark.long),
-        pytest.param("axialnet-max", 2, marks=pytest.mark.long),
-        pytest.param("bodyconv", 1, marks=pytest.mark.long),
-        pytest.param("conv3d", 2, marks=pytest.mark.long),
-        pytest.param("axialnet-bottleneck", 2, marks=pytest.mark.long),
-        pytest.param("ctnet", 1, marks=pytest.mark.long),
+        *long(
+            ("axialnet", 1),
+            ("axialnet-max", 1),
+            ("axialnet-max", 2),
+            ("axialnet-dense", 2),  # with bottlenecks
+            ("axialnet-bottleneck", 2),
+            ("bodyconv", 1),
+            ("bodyconv", 2),
+            ("conv3d", 2),
+            ("ctnet", 1),
+            ("ctnet", 2),
+        ),
     ],
 )
 def test_a_step_of_training_is_pytorchs(name, size):
@@ -123,9 +133,7 @@ def test_a_step_of_training_is_pytorchs(name, size):
         assert_same_step(state, from_torch(model, net.state_dict(), shape), start)
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet-basic", "mobilenet", pytest.param("resnet-bottleneck", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("name", ["resnet-basic", *long("mobilenet", "resnet-bottleneck")])
 def test_a_step_of_an_image_network_is_torchvisions(name):
     """The same for images: classes, and a mask of each that its attention may not leave."""
     import_torchvision()
