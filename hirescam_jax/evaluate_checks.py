@@ -34,7 +34,7 @@ from hirescam_jax.metrics import (
     similarity,
 )
 from hirescam_jax.progress import progress
-from hirescam_jax.summary import MAP_NAMES, aligned, interval_text, map_name
+from hirescam_jax.summary_text import MAP_NAMES, aligned, interval_text, map_name
 
 STEPS = 16  # of the insertion and deletion curves
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the cells that ROAD removes

@@ -1,4 +1,4 @@
-"""From the measures of each volume to what is reported: thresholds, means, intervals, tables."""
+"""From the measures of each volume to what is reported: thresholds, means, intervals."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,35 +9,15 @@ from scipy.special import expit
 
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
-    auroc,
-    average_precision,
     best_threshold,
     bin_of,
-    bootstrap,
     delong,
-    nan_mean,
     reliability,
 )
+from hirescam_jax.resampling import draws, group_numbers, groups_in, intervals, means_over, ranked
 
 BINS = 10  # of equal width, for the calibration
-
-# As tables call them. The first two are maps of the model.
-MAP_NAMES = {
-    "hirescam": "HiResCAM",
-    "gradcam": "Grad-CAM",
-    "organ_prior": "organ prior",
-    "centre_blob": "centre blob",
-    "random": "random map",
-}
-LESION_MEASURES = {
-    "iou": "IoU",
-    "dice": "Dice",
-    "otsu_iou": "IoU (Otsu)",
-    "pointing": "pointing",
-    "energy": "energy",
-    "rank_accuracy": "ranks",
-    "average_precision": "AP",
-}
+MIN_PATIENTS = 2  # of each class: fewer tell nothing about how a measure varies
 
 
 class Predictions(NamedTuple):
@@ -48,6 +28,7 @@ class Predictions(NamedTuple):
         where the data has no lesions.
     findings: [N, K, R], label k found in region r.
     prior: [K, d, h, w], the organ prior that was measured, NaN for labels without one.
+    residuals: [N, K], completeness residuals of the HiResCAM maps.
     """
 
     logits: Float[np.ndarray, "N K"]
@@ -56,12 +37,56 @@ class Predictions(NamedTuple):
     lesions: dict[str, dict[str, np.ndarray]] | None = None
     findings: np.ndarray | None = None
     prior: np.ndarray | None = None
+    residuals: np.ndarray | None = None
+
+
+class Measured(NamedTuple):
+    """Measures of maps at the chosen thresholds.
+
+    thresholds: by method, or (method, "iou") against lesions, then by label; None for a label
+        without a measured map in the validation split.
+    values: by method, or (method, measure) against lesions, [N, K]; NaN where not defined.
+    """
+
+    thresholds: dict[Any, dict[str, float | None]]
+    values: dict[Any, Float[np.ndarray, "N K"]]
 
 
 def choose_thresholds(validation: Predictions) -> dict[str, np.ndarray]:
-    """Per method and label the index of the threshold with the best mean OrganIoU; the first where
-    the label never occurs."""
-    return {name: best_threshold(iou_NKT) for name, iou_NKT in validation.organ_iou.items()}
+    """Per method and label the index of the threshold with the best mean OrganIoU; -1 where the
+    validation split has no map of the label to measure."""
+    return {name: _best(iou_NKT) for name, iou_NKT in validation.organ_iou.items()}
+
+
+def _best(scores_NKT: np.ndarray) -> np.ndarray:
+    seen = ~np.isnan(scores_NKT).all(axis=(0, 2))
+    return np.where(seen, np.nan_to_num(best_threshold(scores_NKT), nan=-1), -1).astype(int)
+
+
+def at_thresholds(labels: Sequence[str], validation: Predictions, test: Predictions) -> Measured:
+    """The measures of each volume and label of `test` at the thresholds that are best on
+    `validation`."""
+    found = Measured({}, {})
+
+    def at_best(key: Any, chosen: np.ndarray, on_test: np.ndarray) -> np.ndarray:
+        numbers = ORGAN_IOU_THRESHOLDS[chosen].tolist()
+        found.thresholds[key] = {
+            label: number if index >= 0 else None
+            for label, number, index in zip(labels, numbers, chosen, strict=True)
+        }
+        values = np.take_along_axis(on_test, np.maximum(chosen, 0)[None, :, None], axis=2)[..., 0]
+        return np.where(chosen >= 0, values, np.nan)
+
+    for name, chosen in choose_thresholds(validation).items():
+        found.values[name] = at_best(name, chosen, test.organ_iou[name])
+    if test.lesions is None or validation.lesions is None:
+        return found
+    for name, of_map in test.lesions.items():
+        iou = at_best((name, "iou"), _best(validation.lesions[name]["iou"]), of_map["iou"])
+        dice = {"dice": _dice(iou), "otsu_dice": _dice(of_map["otsu_iou"])}
+        measures = {**of_map, "iou": iou, **dice}
+        found.values.update({(name, key): value for key, value in measures.items()})
+    return found
 
 
 def evaluate(
@@ -78,10 +103,16 @@ def evaluate(
 
     Maps are binarised at the threshold that was best on the validation split, per label and
     method, frozen for the test; measures of maps are over the volumes in which the label is truly
-    present. What is not defined is null (a label without positives: all of its measures; one
-    without negatives: AUROC), and left out of means, which say over how many labels they are.
+    present. What is not defined is null: of a label without positives all of its measures, of one
+    without negatives AUROC, of one without a threshold OrganIoU.
+
+    A mean is over the labels that are defined and have two positive patients (and, for AUROC, two
+    negative ones), with fewer of which there is no interval either. It is over the same labels in
+    all resamples: in one that happens to have no positive of a label, the label keeps its value on
+    all volumes.
 
     Args:
+        validation: may be `test` itself: then the measures of maps are in-sample.
         regions: names of the findings' regions, for the breakdown by organ.
         patients: of each test volume; all volumes of a patient are drawn together. By default each
             volume stands alone.
@@ -92,102 +123,117 @@ def evaluate(
         interval}} with one entry for every label.
 
         "volumes": of the test split. "patients": how many were resampled.
+        "positives": {label: volumes}.
         "auroc": a measure, and "delong": {label: {"low", "high", "standard_error"}}: intervals by
-            DeLong's variance, which takes volumes as independent.
+            DeLong's variance; null where patients have several volumes, which it takes as
+            independent.
         "average_precision": a measure.
         "calibration": {"bins": M, "expected_calibration_error": measure, "brier": measure,
             "reliability": {label: {"count", "probability", "frequency"}}}: lists of M bins of equal
-            width over [0, 1], null in empty bins.
-        "organ_iou": {method: a measure, and "thresholds": {label: number}, and "regions": {region:
-            interval and "pairs"}}: by the region in which the finding is, over so many pairs of
-            volume and label; {} without `regions`. Methods: "hirescam" and "gradcam", then the
-            baselines "organ_prior", "centre_blob", "random" (`hirescam_jax.metrics.baselines`).
+            width over [0, 1], null in empty bins. The error's intervals are reflected
+            (`hirescam_jax.resampling.reflected`).
+        "organ_iou": {method: a measure, and "thresholds": {label: number or null}, "pairs" of
+            volume and label that it is over, "undefined_pairs": with a finding, but without a
+            measure, and "regions": {region: interval and "pairs"}}: by the region in which the
+            finding is; {} without `regions`. Methods: "hirescam" and "gradcam", then the baselines
+            "organ_prior", "centre_blob", "random" (`hirescam_jax.metrics.baselines`).
         "lesions": null where the data has none, else {method: {"iou", "dice", "otsu_iou",
             "otsu_dice", "pointing", "energy", "rank_accuracy", "average_precision"}}: measures
             against the lesions on the feature grid. "iou" has its own "thresholds", which "dice"
             shares; it is a mean over volumes of each one's own.
+        "completeness": null without maps, else {"mean", "worst"} over all volumes and labels of
+            |sum of the HiResCAM map + bias - logit|.
 
-        `hirescam evaluate` puts "step" before, and behind where asked for "faithfulness" and
-        "sanity" (`hirescam_jax.evaluate_checks`).
+        `evaluate_run` and `hirescam evaluate` put more beside them.
 
     Raises:
-        ValueError: patients of another length.
+        ValueError: patients of another length, predictions of other labels, a split without
+            volumes, or a score that is not a finite number.
     """
+    _check(labels, validation, test)
     count, num_labels = test.labels.shape
-    lesions = {} if test.lesions is None or validation.lesions is None else test.lesions
-    if patients is not None and len(patients) != count:
-        raise ValueError(f"patients has {len(patients)} entries for {count} volumes: give one each")
+    groups = group_numbers(count, patients)
+    maps = at_thresholds(labels, validation, test)
     probabilities = expit(test.logits.astype(np.float64))
     residual_NK = probabilities - test.labels
     without = np.where(test.labels.any(axis=0), 0.0, np.nan)  # added: null without positives
-    rows: dict[Any, np.ndarray] = {"brier": residual_NK**2 + without}
-    thresholds: dict[Any, dict[str, float]] = {}
-
-    def at_best(key: Any, on_validation: np.ndarray, on_test: np.ndarray) -> np.ndarray:
-        chosen = best_threshold(on_validation)
-        values = ORGAN_IOU_THRESHOLDS[chosen].tolist()
-        thresholds[key] = dict(zip(labels, values, strict=True))
-        return np.take_along_axis(on_test, chosen[None, :, None], axis=2)[..., 0]
-
-    for name, iou_NKT in test.organ_iou.items():
-        rows[name] = at_best(name, validation.organ_iou[name], iou_NKT)
-    for name, of_map in lesions.items():
-        known = (validation.lesions or {})[name]["iou"]
-        iou = at_best((name, "iou"), known, of_map["iou"])
-        dice = {"dice": _dice(iou), "otsu_dice": _dice(of_map["otsu_iou"])}
-        rows |= {(name, key): v for key, v in {**of_map, "iou": iou, **dice}.items()}
-
+    rows = {"brier": residual_NK**2 + without, **maps.values}
     sums = [np.nan_to_num(value) for value in rows.values()]
     numbers = [(~np.isnan(value)).astype(float) for value in rows.values()]
-    if test.findings is not None:  # pairs of volume and label, by region
-        found_NKR = (test.findings > 0).astype(float)
-        for name in test.organ_iou:
-            defined = found_NKR * ~np.isnan(rows[name])[..., None]
-            numbers.append(defined.sum(1))
-            sums.append((defined * np.nan_to_num(rows[name])[..., None]).sum(1))
+    organs = list(test.organ_iou) if test.findings is not None and regions else []
+    for name in organs:  # pairs of volume and label, by region
+        found_NKR = (np.asarray(test.findings) > 0).astype(float)
+        defined = found_NKR * ~np.isnan(rows[name])[..., None]
+        numbers.append(defined.sum(1))
+        sums.append((defined * np.nan_to_num(rows[name])[..., None]).sum(1))
     sums, numbers = np.concatenate(sums, axis=1), np.concatenate(numbers, axis=1)
     in_bin_NKM = bin_of(probabilities, BINS)[..., None] == np.arange(BINS)
     gaps = (residual_NK[..., None] * in_bin_NKM).reshape(count, -1)
-    ranked = ["auroc", "average_precision", "expected_calibration_error"]
-    order = [*ranked, *rows]
+    order = ["auroc", "average_precision", "expected_calibration_error", *rows]
 
-    def statistic(cases_SN: np.ndarray) -> np.ndarray:
-        scores = np.moveaxis(test.logits[cases_SN], 2, 1)
-        truth = np.moveaxis(test.labels[cases_SN], 2, 1)
-        # How often each volume was drawn: means over the drawn ones are products of matrices.
-        draws = len(cases_SN)
-        places = cases_SN + count * np.arange(draws)[:, None]
-        times_SN = np.bincount(places.reshape(-1), minlength=draws * count).reshape(draws, count)
-        times_SN = times_SN.astype(float)
-        number = times_SN @ numbers
-        means = np.where(number > 0, times_SN @ sums / np.maximum(number, 1), np.nan)
-        gap = np.abs(times_SN @ gaps).reshape(draws, num_labels, BINS).sum(-1)
-        error = gap / times_SN.sum(1, keepdims=True) + without
-        parts = [auroc(scores, truth), average_precision(scores, truth), error, means]
-        columns = np.concatenate(parts, axis=1)
-        of_labels = columns[:, : len(order) * num_labels].reshape(draws, -1, num_labels)
-        return np.concatenate([nan_mean(of_labels), columns], axis=1)
+    def statistic(times_NS: np.ndarray) -> np.ndarray:
+        """Of each resample [S]: rows x labels, then maps x regions."""
+        curves = [ranked(test.logits[:, k], test.labels[:, k], times_NS) for k in range(num_labels)]
+        # Means over the drawn volumes are products of matrices.
+        times_NS = times_NS.astype(float)
+        number = numbers.T @ times_NS
+        means = np.where(number > 0, sums.T @ times_NS / np.maximum(number, 1), np.nan)
+        gap = np.abs(gaps.T @ times_NS).reshape(num_labels, BINS, -1).sum(1)
+        error = gap / times_NS.sum(0) + without[:, None]
+        aurocs, precisions = (np.stack(parts) for parts in zip(*curves, strict=True))
+        return np.concatenate([aurocs, precisions, error, means])
 
-    value, low, high = bootstrap(statistic, count, resamples, seed, groups=patients)
-    intervals = [
-        {"value": _null(v), "low": _null(lo), "high": _null(hi)}
-        for v, lo, hi in zip(value, low, high, strict=True)
-    ]
-    means, columns = intervals[: len(order)], intervals[len(order) :]
+    value = statistic(np.ones((count, 1), np.float32))[:, 0]
+    drawn = [statistic(times) for times in draws(groups, resamples, seed)]
+    drawn = np.concatenate(drawn, axis=1)
+    # How many patients each row and label has values of: with fewer than two no interval.
+    of_each = [np.minimum(groups_in(test.labels, groups), groups_in(~test.labels, groups))]
+    of_each += [groups_in(test.labels, groups)] * 2
+    of_each.append(groups_in(numbers > 0, groups))
+    known = np.concatenate(of_each) >= MIN_PATIENTS
+    known[: len(order) * num_labels] &= np.tile(of_each[1] >= MIN_PATIENTS, len(order))
+
+    def by_label(columns: np.ndarray) -> np.ndarray:
+        shape = (len(order), num_labels, *columns.shape[1:])
+        return columns[: len(order) * num_labels].reshape(shape)
+
+    in_mean = by_label(known & ~np.isnan(value))
+    mean, mean_drawn = means_over(by_label(value), by_label(drawn), in_mean)
+    errors = order.index("expected_calibration_error")
+    columns = intervals(value, drawn, known)
+    means = intervals(mean, mean_drawn, ~np.isnan(mean))
+    place = errors * num_labels
+    columns[place : place + num_labels] = intervals(
+        *(x[place : place + num_labels] for x in (value, drawn, known)), reflect=True
+    )
+    means[errors : errors + 1] = intervals(
+        *(x[errors : errors + 1] for x in (mean, mean_drawn, ~np.isnan(mean))), reflect=True
+    )
 
     def measure(key: Any) -> dict[str, Any]:
         row = order.index(key)
         of_labels = columns[row * num_labels : (row + 1) * num_labels]
         return {
             "mean": means[row],
-            "defined": sum(interval["value"] is not None for interval in of_labels),
+            "defined": int(in_mean[row].sum()),
             "labels": dict(zip(labels, of_labels, strict=True)),
         }
 
+    def pairs(name: str) -> dict[str, int]:
+        measured = int((~np.isnan(rows[name])).sum())
+        return {"pairs": measured, "undefined_pairs": int(test.labels.sum()) - measured}
+
+    lesions = {key[0]: {} for key in rows if isinstance(key, tuple)}
+    for key in rows:
+        if isinstance(key, tuple):
+            lesions[key[0]][key[1]] = measure(key)
+            if key[1] == "iou":
+                lesions[key[0]]["iou"]["thresholds"] = maps.thresholds[key]
     result: dict[str, Any] = {
         "volumes": count,
-        "patients": count if patients is None else len(set(patients)),
-        "auroc": {**measure("auroc"), "delong": _delong(labels, test)},
+        "patients": int(groups.max()) + 1,
+        "positives": dict(zip(labels, test.labels.sum(0).tolist(), strict=True)),
+        "auroc": {**measure("auroc"), "delong": _delong(labels, test, groups)},
         "average_precision": measure("average_precision"),
         "calibration": {
             "bins": BINS,
@@ -196,28 +242,52 @@ def evaluate(
             "reliability": _reliability(labels, probabilities, test.labels),
         },
         "organ_iou": {
-            name: {**measure(name), "thresholds": thresholds[name], "regions": {}}
+            name: {
+                **measure(name),
+                "thresholds": maps.thresholds[name],
+                **pairs(name),
+                "regions": {},
+            }
             for name in test.organ_iou
         },
-        "lesions": {
-            name: {key: measure((name, key)) for key in [*of_map, "dice", "otsu_dice"]}
-            for name, of_map in lesions.items()
-        }
-        or None,
+        "lesions": lesions or None,
+        "completeness": None,
     }
-    for name in lesions:
-        result["lesions"][name]["iou"]["thresholds"] = thresholds[name, "iou"]
-    if test.findings is not None and regions:
-        of_regions = iter(columns[len(order) * num_labels :])
-        pairs = numbers[:, len(rows) * num_labels :].sum(0).astype(int).tolist()
-        for name in test.organ_iou:
-            result["organ_iou"][name]["regions"] = {
-                region: {**next(of_regions), "pairs": pairs.pop(0)} for region in regions
-            }
+    of_regions = iter(columns[len(order) * num_labels :])
+    region_pairs = iter(numbers[:, len(rows) * num_labels :].sum(0).astype(int).tolist())
+    for name in organs:
+        result["organ_iou"][name]["regions"] = {
+            region: {**next(of_regions), "pairs": next(region_pairs)} for region in regions
+        }
+    if test.residuals is not None:
+        mean, worst = float(test.residuals.mean()), float(test.residuals.max())
+        result["completeness"] = {"mean": mean, "worst": worst}
     return result
 
 
-def _delong(labels: Sequence[str], test: Predictions) -> dict[str, dict[str, float | None]]:
+def _check(labels: Sequence[str], validation: Predictions, test: Predictions) -> None:
+    for name, split in (("validation", validation), ("test", test)):
+        if split.labels.shape[1:] != (len(labels),) or split.logits.shape != split.labels.shape:
+            raise ValueError(
+                f"{name} split: logits {split.logits.shape} and labels {split.labels.shape} must "
+                f"both be [volumes, {len(labels)}], for labels {', '.join(labels)}"
+            )
+        if not len(split.labels):
+            raise ValueError(f"{name} split: has no volume, so that nothing can be measured")
+        wrong = np.argwhere(~np.isfinite(split.logits))
+        if len(wrong):
+            n, k = wrong[0]
+            raise ValueError(
+                f"{name} split: the score of '{labels[k]}' in volume {n} is {split.logits[n, k]}"
+            )
+
+
+def _delong(
+    labels: Sequence[str], test: Predictions, groups: np.ndarray
+) -> dict[str, dict[str, float | None]]:
+    if len(np.unique(groups)) < len(groups):
+        nothing = {"low": None, "high": None, "standard_error": None}
+        return {label: dict(nothing) for label in labels}
     found = {}
     for k, label in enumerate(labels):
         one = delong(test.logits[None, :, k], test.labels[:, k])
@@ -247,112 +317,5 @@ def _dice(iou: np.ndarray) -> np.ndarray:
     return 2 * iou / (1 + iou)
 
 
-def table(result: dict[str, Any]) -> str:
-    """An evaluation as text: a label a row; a map a row; an organ a row."""
-    parts = [label_table(result)]
-    if result["organ_iou"]:
-        parts.append(map_table(result))
-    if any(of_map["regions"] for of_map in result["organ_iou"].values()):
-        parts.append(region_table(result))
-    calibration = result["calibration"]
-    error, brier = (calibration[n]["mean"] for n in ("expected_calibration_error", "brier"))
-    parts.append(
-        f"Calibration: expected error {interval_text(error)} in {calibration['bins']} bins, "
-        f"Brier score {interval_text(brier)}\nIn brackets: 95 % bootstrap intervals over "
-        f"{result['patients']} patients ({result['volumes']} volumes)"
-    )
-    return "\n\n".join(parts)
-
-
-def label_table(result: dict[str, Any]) -> str:
-    """AUROC, average precision and OrganIoU of the model's maps, a label a row."""
-    columns = {"AUROC": result["auroc"], "AP": result["average_precision"]}
-    for name, of_map in result["organ_iou"].items():
-        if name in ("hirescam", "gradcam"):
-            columns[f"OrganIoU {name}"] = of_map
-    labels = result["auroc"]["labels"]
-    rows = [["", *columns]]
-    rows.append([_mean_of(columns.values()), *(interval_text(c["mean"]) for c in columns.values())])
-    if len({c["defined"] for c in columns.values()}) > 1:
-        of = [f"{c['defined']} of {len(labels)} labels" for c in columns.values()]
-        rows.append(["of", *of])
-    for label in labels:
-        rows.append([label, *(interval_text(c["labels"][label]) for c in columns.values())])
-    return aligned(rows)
-
-
-def map_table(result: dict[str, Any]) -> str:
-    """Means over the labels, a map a row: those of the model, then those that no model made."""
-    lesions = result["lesions"]
-    rows = [["maps, means over labels", "OrganIoU"]]
-    if lesions:
-        rows[0] += [f"lesions: {next(iter(LESION_MEASURES.values()))}"]
-        rows[0] += list(LESION_MEASURES.values())[1:]
-    for name, of_map in _ordered(result["organ_iou"]):
-        title = map_name(name)
-        missing = len(of_map["labels"]) - of_map["defined"]
-        if missing:
-            title += f" ({of_map['defined']} of {len(of_map['labels'])} labels)"
-        row = [title, interval_text(of_map["mean"])]
-        if lesions:
-            means = (lesions[name][key]["mean"]["value"] for key in LESION_MEASURES)
-            row += ["n/a" if mean is None else f"{mean:.3f}" for mean in means]
-        rows.append(row)
-    return aligned(rows)
-
-
-def region_table(result: dict[str, Any]) -> str:
-    """OrganIoU by the organ in which the finding is."""
-    maps = _ordered(result["organ_iou"])
-    shown = {name: of_map["regions"] for name, of_map in maps if of_map["regions"]}
-    rows = [["OrganIoU by organ", "pairs", *(map_name(name) for name in shown)]]
-    for region, first in next(iter(shown.values())).items():
-        cells = [interval_text(of_map[region]) for of_map in shown.values()]
-        rows.append([region, str(first["pairs"]), *cells])
-    return aligned(rows)
-
-
-def _ordered(maps: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The model's maps, then those that no model made."""
-    order = [*MAP_NAMES]
-    return sorted(maps.items(), key=lambda item: order.index(item[0]))
-
-
-def _mean_of(measures: Any) -> str:
-    """ "mean of 9 of 10 labels", or "mean" where all count, or not the same of each measure."""
-    counts = {(m["defined"], len(m["labels"])) for m in measures}
-    defined, total = next(iter(counts))
-    return (
-        f"mean of {defined} of {total} labels" if len(counts) == 1 and defined < total else "mean"
-    )
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Rows of text as a table: a rule below the first, the first column to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def interval_text(interval: dict[str, float | None]) -> str:
-    """ "0.812 [0.790, 0.833]", or "n/a" where the measure is not defined."""
-    if interval["value"] is None:
-        return "n/a"
-    if interval["low"] is None:
-        return f"{interval['value']:.3f}"
-    return f"{interval['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
-
-
 def _null(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def map_name(name: str) -> str:
-    """As tables call it."""
-    return MAP_NAMES.get(name) or name

@@ -29,7 +29,7 @@ from hirescam_jax.metrics import (
     random_maps,
 )
 from hirescam_jax.models import AxialNet
-from hirescam_jax.summary import LESION_MEASURES, MAP_NAMES, label_table
+from hirescam_jax.summary_text import LESION_MEASURES, MAP_NAMES, label_table
 
 T = len(ORGAN_IOU_THRESHOLDS)
 
@@ -61,9 +61,22 @@ def test_thresholds_are_the_best_of_the_validation_mean():
     assert (chosen["hirescam"] != chosen["gradcam"]).any()
 
 
-def test_threshold_of_a_label_that_validation_never_saw_is_the_first():
-    chosen = choose_thresholds(predictions(0, b=False))
-    assert chosen["hirescam"][1] == chosen["gradcam"][1] == 0
+def test_a_label_that_validation_never_saw_has_no_threshold_and_no_organ_iou():
+    validation, test = predictions(0, b=False), predictions(1)
+    for iou in validation.organ_iou.values():
+        iou[:, 1] = np.nan
+    chosen = choose_thresholds(validation)
+    assert chosen["hirescam"][1] == chosen["gradcam"][1] == -1
+    result = evaluate(("a", "b", "c"), validation, test, resamples=20)
+    for measure in result["organ_iou"].values():
+        assert measure["thresholds"]["b"] is None
+        assert measure["labels"]["b"] == {"value": None, "low": None, "high": None}
+        assert measure["defined"] == 2
+        others = [measure["labels"][label]["value"] for label in "ac"]
+        assert measure["mean"]["value"] == pytest.approx(np.mean(others))
+        assert measure["undefined_pairs"] == test.labels[:, 1].sum()
+    assert result["auroc"]["defined"] == 3
+    assert f"{test.labels[:, 1].sum()} more have an organ" in table(result)
 
 
 def test_test_split_does_not_move_the_thresholds():
