@@ -136,18 +136,22 @@ def evaluate(
     run: tyro.conf.Positional[Path],
     out: Path | None = None,
     checkpoint: Literal["best", "latest"] = "best",
+    split: Literal["test", "val"] = "test",
     depth_devices: int | None = None,
     faithfulness: int = 0,
     sanity: int = 0,
 ) -> None:
-    """Measure a run on its test split: AUROC, average precision, calibration, and its maps against
-    organs and lesions, beside maps that no model made. Repeat the command to continue after an
-    interruption.
+    """Measure a run on its validation and test splits: AUROC, average precision, calibration, and
+    its maps against organs and lesions, beside maps that no model made. Repeat the command to
+    continue after an interruption.
 
     Args:
         run: folder of a run.
-        out: the JSON file; default evaluation.json in the run's folder.
+        out: the JSON file; default evaluation.json in the run's folder. Beside it go the values of
+            each volume, of which `hirescam table` makes differences between runs.
         checkpoint: which weights.
+        split: val for data without a test split (CT-RATE): the thresholds of the maps are chosen on
+            the volumes that are reported.
         depth_devices: devices that share a volume; default as in training.
         faithfulness: insertion, deletion and ROAD of the maps on so many test volumes; each takes
             hundreds of passes of the model.
@@ -163,21 +167,31 @@ def evaluate(
     from hirescam_jax.files import atomic_file
     from hirescam_jax.kept import Kept
     from hirescam_jax.train import open_data
+    from hirescam_jax.values import Values
 
     opened = load_run(run, checkpoint).on_mesh(depth_devices)
     # All runs are measured alike, however the masks of their mask loss were made.
     data = dataclasses.replace(opened.config.data, mask_method="nearest", dilate=False)
     config = dataclasses.replace(opened.config, data=data)
-    splits = [open_data(config, split, with_lesions=True) for split in ("val", "test")]
-    sizes = {name: len(split) for name, split in zip(("val", "test"), splits, strict=True)}
-    facts = {**opened.header.facts(**sizes), "step": str(opened.step)}
-    facts["content of the splits"] = str(list(map(digest_of, splits)))
+    splits = {"val": open_data(config, "val", with_lesions=True)}
+    if split == "test":
+        try:
+            splits["test"] = open_data(config, "test", with_lesions=True)
+        except UserError as error:
+            raise UserError(f"{error}; to measure the validation split: --split val") from error
+    facts = {**opened.header.facts(**{n: len(s) for n, s in splits.items()}), "format": "2"}
+    facts["step"] = str(opened.step)
+    facts["content of the splits"] = str(list(map(digest_of, splits.values())))
     distributed.agree(facts)
     target = out or run / "evaluation.json"
     kept = Kept(target.with_name(f".{target.stem}_batches"), facts)
-    result = evaluate_run(opened, *splits, faithfulness=faithfulness, sanity=sanity, kept=kept)
+    values: dict[str, Values] = {}
+    options: Any = {"faithfulness": faithfulness, "sanity": sanity, "kept": kept, "values": values}
+    result = evaluate_run(opened, splits["val"], splits.get("test"), **options)
 
     def write() -> None:
+        for name, of_split in values.items():
+            of_split.save(target.with_name(f"{target.stem}_{name}.npz"))
         with atomic_file(target) as temporary:
             temporary.write_text(json.dumps({"step": opened.step, **result}, indent=2))
         print(table(result))

@@ -270,19 +270,25 @@ def localize(
         print(out)
 
 
-def table(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("tables")) -> None:
-    """Turn the evaluations of runs (`hirescam evaluate RUN`) into tables of models, labels and
-    organs, each as CSV, Markdown and LaTeX.
+def table(
+    runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("tables"), against: str = ""
+) -> None:
+    """Turn the evaluations of runs (`hirescam evaluate RUN`) into tables of models, labels, organs
+    and lesions, of test and validation split, and of the differences between the runs, each as CSV,
+    Markdown and LaTeX.
 
     Args:
         runs: folders of runs, in the order of the rows.
         out: folder of the tables.
+        against: name of the run that the others are compared with; default the first.
     """
-    from hirescam_jax.table import read_evaluations, tables, write_tables
+    from hirescam_jax.table import all_tables, write_tables
 
-    evaluations = read_evaluations(runs)
-    paths = write_tables(evaluations, out)
-    print(tables(evaluations)["models"].markdown())
+    built = all_tables(runs, against)
+    paths = write_tables(built, out)
+    for name in ("models", "masks", "differences"):
+        if name in built:
+            print(built[name].markdown())
     for path in paths:
         print(path)
 

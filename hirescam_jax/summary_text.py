@@ -55,10 +55,20 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
         )
     for name, of_map in result.get("head", {}).get("maps", {}).items():
         yield f"{map_name(name)}: {of_map['text']}"
+    in_sample = "its thresholds are chosen on the same maps, so that OrganIoU is in-sample"
+    if "validation" in result:
+        other = result["validation"]
+        means = {"AUROC": other["auroc"], "OrganIoU HiResCAM": other["organ_iou"].get("hirescam")}
+        figures = [f"{name} {interval_text(m['mean'])}" for name, m in means.items() if m]
+        yield (
+            f"The validation split ({other['volumes']} volumes; {in_sample}): {', '.join(figures)}"
+        )
+    elif result.get("split") == "validation":
+        yield f"This is the validation split: {in_sample}"
     yield (
         f"In brackets: 95 % bootstrap intervals over {result['patients']} patients "
-        f"({result['volumes']} volumes); none with fewer than two positive patients, who are in no "
-        "mean either"
+        f"({result['volumes']} volumes); labels with fewer than two positive patients have none "
+        "and are in no mean"
     )
 
 

@@ -44,7 +44,7 @@ class Values(NamedTuple):
     ) -> "Values":
         """Of a split, at the thresholds of the validation split; without patients each volume is
         one."""
-        names = list(map(str, range(len(test.labels)))) if patients is None else patients
+        names = patients or [f"{number:06d}" for number in range(len(test.labels))]
         measured = at_thresholds(labels, validation, test).values
         iou = {name: measured[name].astype(np.float32) for name in test.organ_iou}
         arrays = np.array(names, str), content, test.logits, test.labels, iou, test.residuals

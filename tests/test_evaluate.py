@@ -1,5 +1,6 @@
 """Evaluation: what is chosen on validation, what is left out, and the same numbers by hand."""
 
+import dataclasses
 import json
 import re
 
@@ -20,6 +21,7 @@ from hirescam_jax.evaluate import (
     table,
 )
 from hirescam_jax.evaluate_checks import faithfulness_table, save_sanity_picture
+from hirescam_jax.kept import Kept
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
     brier_score,
@@ -28,8 +30,9 @@ from hirescam_jax.metrics import (
     organ_iou,
     random_maps,
 )
-from hirescam_jax.models import AxialNet
+from hirescam_jax.models import AxialNet, CTNet
 from hirescam_jax.summary_text import LESION_MEASURES, MAP_NAMES, label_table
+from hirescam_jax.values import Values
 
 T = len(ORGAN_IOU_THRESHOLDS)
 
@@ -63,8 +66,6 @@ def test_thresholds_are_the_best_of_the_validation_mean():
 
 def test_a_label_that_validation_never_saw_has_no_threshold_and_no_organ_iou():
     validation, test = predictions(0, b=False), predictions(1)
-    for iou in validation.organ_iou.values():
-        iou[:, 1] = np.nan
     chosen = choose_thresholds(validation)
     assert chosen["hirescam"][1] == chosen["gradcam"][1] == -1
     result = evaluate(("a", "b", "c"), validation, test, resamples=20)
@@ -204,6 +205,87 @@ def test_calibration_is_that_of_the_measures():
         brier = brier_score(probabilities, test.labels[:, k])
         assert result["brier"]["labels"][label]["value"] == pytest.approx(brier)
         assert sum(result["reliability"][label]["count"]) == 40
+
+
+def calibrated(seed: int) -> Predictions:
+    """Labels that are drawn with the predicted probabilities."""
+    rng = np.random.default_rng(seed)
+    probabilities = rng.beta(2, 4, size=(200, 3))
+    labels = rng.random((200, 3)) < probabilities
+    return Predictions(np.log(probabilities / (1 - probabilities)), labels, {})
+
+
+def test_calibration_errors_lie_in_their_intervals_which_reach_the_true_one():
+    covered = []
+    for seed in range(10):
+        split = calibrated(seed)
+        result = evaluate(("a", "b", "c"), split, split, resamples=100)
+        error = result["calibration"]["expected_calibration_error"]
+        for interval in (error["mean"], *error["labels"].values()):
+            assert 0 <= interval["low"] <= interval["value"] <= interval["high"]
+        covered += [interval["low"] == 0 for interval in error["labels"].values()]
+    assert np.mean(covered) > 0.7
+
+
+def test_mean_is_over_the_same_labels_in_all_resamples():
+    """A label with two positives, of which many resamples have none, is in the mean of all."""
+    rng = np.random.default_rng(3)
+    labels = np.zeros((60, 2), bool)
+    labels[:30, 0] = labels[:2, 1] = True
+    logits = np.stack([rng.normal(size=60) + 2.5 * labels[:, 0], np.arange(60.0)], axis=1)
+    split = Predictions(logits, labels, {})
+    result = evaluate(("common", "rare"), split, split, resamples=500)["auroc"]
+    assert result["defined"] == 2
+    common, rare = (result["labels"][label]["value"] for label in ("common", "rare"))
+    assert rare < 0.05 < 0.9 < common
+    assert result["mean"]["value"] == pytest.approx((common + rare) / 2)
+    assert result["mean"]["high"] < 0.6
+
+
+def test_label_with_one_positive_has_no_interval_and_is_in_no_mean():
+    labels = np.zeros((60, 2), bool)
+    labels[:30, 0] = labels[0, 1] = True
+    logits = np.random.default_rng(3).normal(size=(60, 2)) + 2 * labels
+    iou = np.where(labels[..., None], 0.5, np.nan) * np.ones(T)
+    split = Predictions(logits, labels, {"hirescam": iou})
+    result = evaluate(("common", "rare"), split, split, resamples=50)
+    assert result["positives"] == {"common": 30, "rare": 1}
+    for measure in (result["auroc"], result["organ_iou"]["hirescam"]):
+        assert measure["defined"] == 1
+        rare = measure["labels"]["rare"]
+        assert rare["value"] is not None
+        assert rare["low"] is rare["high"] is None
+        assert measure["mean"] == measure["labels"]["common"]
+    # Two volumes of one patient are no more than one.
+    labels[1, 1] = True
+    patients = ["p0", "p0", *map(str, range(58))]
+    result = evaluate(("common", "rare"), split, split, resamples=50, patients=patients)
+    assert result["auroc"]["labels"]["rare"]["low"] is None
+    assert set(result["auroc"]["delong"]["common"].values()) == {None}
+
+
+def test_pairs_without_a_measure_are_counted():
+    test = predictions(1)
+    n, k = np.argwhere(test.labels)[0]
+    test.organ_iou["hirescam"][n, k] = np.nan  # an organ without a cell
+    result = evaluate(("a", "b", "c"), predictions(0), test, resamples=20)
+    measure = result["organ_iou"]["hirescam"]
+    assert (measure["pairs"], measure["undefined_pairs"]) == (test.labels.sum() - 1, 1)
+    assert result["organ_iou"]["gradcam"]["undefined_pairs"] == 0
+    assert "1 more have an organ without a cell" in table(result)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda x: jax.tree.map(lambda part: part[:, :2], x), "test split: logits .40, 2."),
+        (lambda x: jax.tree.map(lambda part: part[:0], x), "test split: has no volume"),
+        (lambda x: x._replace(logits=x.logits * np.nan), "the score of 'a' in volume 0 is nan"),
+    ],
+)
+def test_predictions_that_cannot_be_measured(change, line):
+    with pytest.raises(ValueError, match=line):
+        evaluate(("a", "b", "c"), predictions(0), change(predictions(1)), resamples=5)
 
 
 def test_delongs_intervals_stand_beside_the_bootstraps():
@@ -360,11 +442,90 @@ def test_predictions_by_hand(run):
 
 
 def test_evaluate_run_refuses_other_labels(run):
-    class Others(Cases):
+    class Strangers(Cases):
         labels = ("a", "b", "d")
 
     with pytest.raises(UserError, match="trained on labels"):
-        evaluate_run(run, Cases(), Others())
+        evaluate_run(run, Cases(), Strangers())
+
+
+class Others(Cases):
+    """Four others."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index):
+        return super().__getitem__(index + 10) | {"index": np.int32(index)}
+
+
+def test_both_splits_are_measured(run, tmp_path):
+    values: dict[str, Values] = {}
+    result = evaluate_run(run, Cases(), Others(), values=values)
+    validation, test = predict(run, Cases()), predict(run, Others())
+    assert (result["split"], result["volumes"], result["validation"]["volumes"]) == ("test", 4, 5)
+    assert result["content"] != result["validation"]["content"]
+    assert result["head"]["kind"] == "exact"
+    assert result["head"]["maps"]["hirescam"]["holds"]
+    assert not result["head"]["maps"]["gradcam"]["holds"]
+    assert result["completeness"]["mean"] <= result["completeness"]["worst"] < 1e-5
+    for split, of_split in (("test", test), ("validation", validation)):
+        chosen = choose_thresholds(validation)["hirescam"]
+        iou = np.stack([of_split.organ_iou["hirescam"][:, k, chosen[k]] for k in range(3)], axis=1)
+        iou[:, chosen < 0] = np.nan
+        path = tmp_path / f"{split}.npz"
+        values[split].save(path)
+        found = Values.load(path)
+        np.testing.assert_array_equal(found.organ_iou["hirescam"], iou)
+        np.testing.assert_array_equal(found.logits, of_split.logits)
+        np.testing.assert_array_equal(found.truth, of_split.labels)
+        measures = result if split == "test" else result["validation"]
+        assert found.content == measures["content"]
+        for k, label in enumerate("abc"):
+            value = measures["organ_iou"]["hirescam"]["labels"][label]["value"]
+            if value is not None:
+                assert value == pytest.approx(np.nanmean(iou[:, k]))
+    text = table(result)
+    assert "validation split (5 volumes" in text
+    assert "Grad-CAM: no guarantee" in text
+
+
+def test_data_without_a_test_split(run):
+    result = evaluate_run(run, Cases(), None)
+    assert (result["split"], result["volumes"]) == ("validation", 5)
+    assert "validation" not in result
+    again = evaluate_run(run, Cases(), Cases())
+    assert result["organ_iou"] == again["validation"]["organ_iou"]
+    assert "in-sample" in table(result)
+
+
+def test_weights_that_are_not_numbers(run):
+    broken = jax.tree.map(lambda x: x * np.nan, run.variables)
+    with pytest.raises(UserError, match=r"at step 1 the score of 'a' in volume 0 .* is nan: train"):
+        evaluate_run(dataclasses.replace(run, variables=broken), Cases(), Cases())
+
+
+def test_interrupted_without_maps(tmp_path):
+    """CTNet has no maps in the body: what is kept of a batch has empty parts."""
+
+    class Small(Cases):
+        shape = (6, 12, 12)
+
+    model = CTNet(3, (1,), (18,), "small", conv_widths=(4, 3), channels=2, hidden=(8,))
+    config = Config(model=model, batch_size=2)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 6, 12, 12)))
+    variables = jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), shapes)
+    run = Run(tmp_path, Header.of(config, Small()), variables, 1)
+    folder = tmp_path / "kept"
+    whole = predict(run, Small(), kept=Kept(folder, {}))
+    max(folder.glob("*.npz")).unlink()
+    again = predict(run, Small(), kept=Kept(folder, {}))
+    assert again.organ_iou == {}
+    np.testing.assert_array_equal(again.logits, whole.logits)
+    result = evaluate(("a", "b", "c"), again, again, resamples=5)
+    assert result["organ_iou"] == {}
+    assert result["completeness"] is None
+    assert "OrganIoU" not in table(result)
 
 
 def test_baselines_by_hand(run):

@@ -1,0 +1,200 @@
+"""What one run gains over another on the same volumes, with paired intervals: both are measured in
+the same resamples, by patient, so that what is hard for both does not widen the interval."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from hirescam_jax.errors import UserError
+from hirescam_jax.metrics import delong_test
+from hirescam_jax.progress import progress
+from hirescam_jax.resampling import draws, group_numbers, groups_in, intervals, means_over, ranked
+from hirescam_jax.summary import MIN_PATIENTS
+from hirescam_jax.summary_text import MAP_NAMES
+from hirescam_jax.table_text import Interval, Table
+from hirescam_jax.values import Values
+
+MAPS = ("hirescam", "gradcam")  # the model's
+
+
+class Resampled(NamedTuple):
+    """Measures of a run by label: on all volumes [K], and in each resample [K, S]."""
+
+    value: Float[np.ndarray, "K"]
+    drawn: Float[np.ndarray, "K S"]
+    known: np.ndarray  # [K], of enough patients
+
+
+def difference_tables(
+    values: Mapping[str, Values],
+    against: str = "",
+    split: str = "test",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Table]:
+    """ "differences": a row a run, less the reference: means over the labels that both have;
+    "differences_labels": a row a label and run, with the p of DeLong's paired test where each
+    patient has one volume.
+
+    Args:
+        values: of each run, by its name.
+        against: the reference; by default the first.
+
+    Returns:
+        {} where no run has the reference's volumes.
+
+    Raises:
+        UserError: no run is called `against`.
+    """
+    reference = against or next(iter(values))
+    if reference not in values:
+        raise UserError(f"--against {against}: no such run here: choose from {', '.join(values)}")
+    first = values[reference]
+    others = {
+        name: _in_order(one, first.labels)
+        for name, one in values.items()
+        if name != reference and _same_volumes(one, first)
+    }
+    left_out = [name for name in values if name != reference and name not in others]
+    if not others:
+        return {}
+    numbers = group_numbers(len(first.patients), first.patients)
+    times = np.concatenate(list(draws(numbers, resamples, seed)), axis=1)
+    before = _measures(first, times, numbers)
+    single = len(set(first.patients)) == len(first.patients)
+    overall, by_label = [], []
+    names: tuple[str, ...] = ()
+    for name, one in progress(others.items(), "differences", "run"):
+        after = _measures(one, times, numbers)
+        cells = _overall(before, after)
+        names = tuple(cells)
+        overall.append(((name, _counts(before, after)), tuple(cells.values())))
+        columns = {key: _by_label(before[key], after[key]) for key in before.keys() & after.keys()}
+        for k, label in enumerate(first.labels):
+            p = delong_test(one.logits[:, k], first.logits[:, k], first.truth[:, k]).p
+            cells = {key: columns[key][k] for key in before if key in columns}
+            cells["AUROC p"] = _figure(p if single else np.nan, ".2g")
+            by_label.append(((label, name), tuple(cells.values()), tuple(cells)))
+    note = (
+        f"less '{reference}', {split} split, {len(first.patients)} volumes; 95 % intervals of "
+        f"resamples of {len(set(first.patients))} patients, the same for both"
+    )
+    notes = [f"Measured on other volumes, and so left out: {', '.join(left_out)}."] * bool(left_out)
+    notes.append("OrganIoU of each run is at its own thresholds, of its validation split.")
+    test = ["p: DeLong's paired test of AUROC."] * single
+    order = {label: i for i, label in enumerate(first.labels)}
+    by_label.sort(key=lambda row: order[row[0][0]])
+    of_labels = tuple((texts, cells) for texts, cells, _ in by_label)
+    titles = by_label[0][2]
+    built = {
+        "differences": Table(
+            f"Means over labels {note}.",
+            ("model", "labels"),
+            names,
+            tuple(overall),
+            notes=tuple(notes),
+        ),
+        "differences_labels": Table(
+            f"By label {note}.", ("label", "model"), titles, of_labels, notes=(*notes, *test)
+        ),
+    }
+    return {name: table.without_empty() for name, table in built.items()}
+
+
+def _same_volumes(one: Values, other: Values) -> bool:
+    return one.content == other.content and np.array_equal(one.patients, other.patients)
+
+
+def _in_order(values: Values, labels: Sequence[str]) -> Values:
+    """The same with its labels in another order."""
+    order = [values.labels.index(label) for label in labels]
+    iou = {name: value[:, order] for name, value in values.organ_iou.items()}
+    return values._replace(
+        labels=tuple(labels),
+        logits=values.logits[:, order],
+        truth=values.truth[:, order],
+        organ_iou=iou,
+    )
+
+
+def _measures(values: Values, times: np.ndarray, numbers: np.ndarray) -> dict[str, Resampled]:
+    """AUROC and average precision, and OrganIoU of the model's maps."""
+    once = np.ones((len(times), 1), np.float32)
+    columns = range(len(values.labels))
+    curves = [
+        [ranked(values.logits[:, k], values.truth[:, k], t) for k in columns] for t in (once, times)
+    ]
+    positives, negatives = (groups_in(x, numbers) for x in (values.truth, ~values.truth))
+    enough = positives >= MIN_PATIENTS
+    found: dict[str, Resampled] = {}
+    for row, name in enumerate(("AUROC", "average precision")):
+        value, drawn = (np.stack([curve[row] for curve in of_all]) for of_all in curves)
+        known = enough & (negatives >= MIN_PATIENTS) if name == "AUROC" else enough
+        found[name] = Resampled(value[:, 0], drawn, known)
+    for name in MAPS:
+        if name in values.organ_iou:
+            iou = values.organ_iou[name]
+            defined = ~np.isnan(iou)
+            parts = []
+            for t in (once, times):
+                t = t.astype(float)
+                count, total = defined.T @ t, np.nan_to_num(iou).T.astype(float) @ t
+                parts.append(np.where(count > 0, total / np.maximum(count, 1), np.nan))
+            known = enough & (groups_in(defined, numbers) >= MIN_PATIENTS)
+            found[f"OrganIoU {MAP_NAMES[name]}"] = Resampled(parts[0][:, 0], parts[1], known)
+    return found
+
+
+def _overall(
+    before: Mapping[str, Resampled], after: Mapping[str, Resampled]
+) -> dict[str, Interval]:
+    cells: dict[str, Interval] = {}
+    for name, old in before.items():
+        if name not in after:
+            continue
+        new, both = after[name], _both(old, after[name])
+        means = [means_over(x.value[None], x.drawn[None], both[None]) for x in (old, new)]
+        (old_value, old_drawn), (new_value, new_drawn) = means
+        cells[name] = _cell(new_value - old_value, new_drawn - old_drawn, "+.3f")
+        if name.startswith("OrganIoU"):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                value, drawn = new_value / old_value - 1, new_drawn / old_drawn - 1
+            infinite = ~np.isfinite(value)
+            cells[f"{name}, relative"] = _cell(
+                np.where(infinite, np.nan, value),
+                np.where(np.isfinite(drawn), drawn, np.nan),
+                "+.1%",
+            )
+    return cells
+
+
+def _both(before: Resampled, after: Resampled) -> np.ndarray:
+    """[K], the labels of the mean."""
+    undefined = np.isnan(before.value) | np.isnan(after.value)
+    return before.known & after.known & ~undefined
+
+
+def _counts(before: Mapping[str, Resampled], after: Mapping[str, Resampled]) -> str:
+    """How many labels are in the means."""
+    counts = {n: int(_both(before[n], after[n]).sum()) for n in before if n in after}
+    total = len(before["AUROC"].value)
+    if len(set(counts.values())) == 1:
+        return f"{counts['AUROC']} of {total}"
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) + f" of {total}"
+
+
+def _by_label(before: Resampled, after: Resampled) -> list[Interval]:
+    known = before.known & after.known
+    cells = intervals(after.value - before.value, after.drawn - before.drawn, known)
+    return [{**cell, "form": "+.3f"} for cell in cells]
+
+
+def _cell(value: np.ndarray, drawn: np.ndarray, form: str) -> Interval:
+    (cell,) = intervals(value, drawn, ~np.isnan(value))
+    return {**cell, "form": form}
+
+
+def _figure(value: float, form: str) -> dict[str, Any]:
+    return {"value": None if np.isnan(value) else value, "low": None, "high": None, "form": form}
