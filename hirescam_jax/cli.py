@@ -34,6 +34,7 @@ def demo(out: Path = Path("hirescam_demo"), seed: int = 0) -> None:
 
 DRY_RUN = "compile the step only: FLOPs, bytes, memory, communication, the largest batch"
 REDUCED = "the same experiment, small: a narrow network on phantom CTs, a minute on two cores"
+CHECK = "do nothing if the run was made with this config; otherwise say what differs"
 PROFILE = "write a trace of so many steps to the run folder, from the third on"
 
 
@@ -61,9 +62,15 @@ def train(arguments: Sequence[str]) -> None:
         dry_run: Annotated[bool, tyro.conf.arg(help=DRY_RUN)] = False,
         memory_gib: Annotated[float, tyro.conf.arg(help="of a device, for --dry-run")] = 80.0,
         profile: Annotated[int, tyro.conf.arg(help=PROFILE)] = 0,
+        check: Annotated[bool, tyro.conf.arg(help=CHECK)] = False,
     ) -> None:
         """Train a model; every field of the config can be overridden."""
         configs.check_types(config, str(path or "command line"))
+        if check:
+            from hirescam_jax.paper import check_made_with
+
+            check_made_with(run, config)
+            return
         if dry_run:
             from hirescam_jax.costs import dry_run as text
 

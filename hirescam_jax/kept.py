@@ -58,8 +58,8 @@ class Kept:
             return
         whole: Any = flatten_dict(result, sep="/", keep_empty_nodes=True)
         # A dict without entries, such as the maps of a model without any, is an array named "x/".
-        arrays = {n + "/" if v is empty_node else n: v for n, v in whole.items()}
-        arrays = {n: np.zeros(0) if v is empty_node else v for n, v in arrays.items()}
+        arrays: dict[str, Any] = {n: v for n, v in whole.items() if v is not empty_node}
+        arrays |= {f"{n}/": np.zeros(0) for n, v in whole.items() if v is empty_node}
         with atomic_file(self._file(split, number)) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 

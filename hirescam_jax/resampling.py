@@ -111,7 +111,8 @@ def intervals(
     reflect: bool = False,
 ) -> list[dict[str, float | None]]:
     """{"value", "low", "high"} of each column: 95 % percentile intervals of the resamples in which
-    it is defined; null where it is not, or has no interval (`known`).
+    it is defined. Null where it is not, where there is to be no interval (`known`), or where all
+    resamples agree (a perfect score, say): they tell nothing of the spread then.
 
     Args:
         reflect: `reflected` instead.
@@ -119,7 +120,10 @@ def intervals(
     low, high = np.full((2, len(value)), np.nan)
     known = known & ~np.isnan(value) & ~np.isnan(drawn).all(1)
     if known.any():
-        low[known], high[known] = np.nanpercentile(drawn[known], [2.5, 97.5], axis=1)
+        ends = np.nanpercentile(drawn[known], [0, 2.5, 97.5, 100], axis=1)
+        # Sums of the same numbers in another order differ by rounding.
+        agree = ends[3] - ends[0] <= 1e-12
+        low[known], high[known] = (np.where(agree, np.nan, end) for end in ends[1:3])
     if reflect:
         low, high = reflected(value, low, high)
     return [
