@@ -2,29 +2,27 @@
 the same resamples, by patient, so that what is hard for both does not widen the interval."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from hirescam_jax.errors import UserError
 from hirescam_jax.metrics import delong_test
 from hirescam_jax.progress import progress
-from hirescam_jax.resampling import draws, group_numbers, groups_in, intervals, means_over, ranked
-from hirescam_jax.summary import MIN_PATIENTS
+from hirescam_jax.resampling import (
+    Resampled,
+    draws,
+    group_numbers,
+    intervals,
+    mean_of,
+    resampled_means,
+    resampled_ranks,
+)
 from hirescam_jax.summary_text import MAP_NAMES
 from hirescam_jax.table_text import Interval, Table
 from hirescam_jax.values import Values
 
 MAPS = ("hirescam", "gradcam")  # the model's
-
-
-class Resampled(NamedTuple):
-    """Measures of a run by label: on all volumes [K], and in each resample [K, S]."""
-
-    value: Float[np.ndarray, "K"]
-    drawn: Float[np.ndarray, "K S"]
-    known: np.ndarray  # [K], of enough patients
 
 
 def difference_tables(
@@ -61,7 +59,7 @@ def difference_tables(
     if not others:
         return {}
     numbers = group_numbers(len(first.patients), first.patients)
-    times = np.concatenate(list(draws(numbers, resamples, seed)), axis=1)
+    times = draws(numbers, resamples, seed)
     before = _measures(first, times, numbers)
     single = len(set(first.patients)) == len(first.patients)
     overall, by_label = [], []
@@ -121,29 +119,12 @@ def _in_order(values: Values, labels: Sequence[str]) -> Values:
 
 def _measures(values: Values, times: np.ndarray, numbers: np.ndarray) -> dict[str, Resampled]:
     """AUROC and average precision, and OrganIoU of the model's maps."""
-    once = np.ones((len(times), 1), np.float32)
-    columns = range(len(values.labels))
-    curves = [
-        [ranked(values.logits[:, k], values.truth[:, k], t) for k in columns] for t in (once, times)
-    ]
-    positives, negatives = (groups_in(x, numbers) for x in (values.truth, ~values.truth))
-    enough = positives >= MIN_PATIENTS
-    found: dict[str, Resampled] = {}
-    for row, name in enumerate(("AUROC", "average precision")):
-        value, drawn = (np.stack([curve[row] for curve in of_all]) for of_all in curves)
-        known = enough & (negatives >= MIN_PATIENTS) if name == "AUROC" else enough
-        found[name] = Resampled(value[:, 0], drawn, known)
+    ranks = resampled_ranks(values.logits, values.truth, times, numbers)
+    found: dict[str, Resampled] = {"AUROC": ranks[0], "average precision": ranks[1]}
     for name in MAPS:
         if name in values.organ_iou:
-            iou = values.organ_iou[name]
-            defined = ~np.isnan(iou)
-            parts = []
-            for t in (once, times):
-                t = t.astype(float)
-                count, total = defined.T @ t, np.nan_to_num(iou).T.astype(float) @ t
-                parts.append(np.where(count > 0, total / np.maximum(count, 1), np.nan))
-            known = enough & (groups_in(defined, numbers) >= MIN_PATIENTS)
-            found[f"OrganIoU {MAP_NAMES[name]}"] = Resampled(parts[0][:, 0], parts[1], known)
+            iou = resampled_means(values.organ_iou[name], times, numbers)
+            found[f"OrganIoU {MAP_NAMES[name]}"] = iou
     return found
 
 
@@ -154,19 +135,14 @@ def _overall(
     for name, old in before.items():
         if name not in after:
             continue
-        new, both = after[name], _both(old, after[name])
-        means = [means_over(x.value[None], x.drawn[None], both[None]) for x in (old, new)]
-        (old_value, old_drawn), (new_value, new_drawn) = means
-        cells[name] = _cell(new_value - old_value, new_drawn - old_drawn, "+.3f")
+        both = _both(old, after[name])
+        old, new = mean_of(old, both), mean_of(after[name], both)
+        cells[name] = _cell(new.value - old.value, new.drawn - old.drawn, "+.3f")
         if name.startswith("OrganIoU"):
             with np.errstate(divide="ignore", invalid="ignore"):
-                value, drawn = new_value / old_value - 1, new_drawn / old_drawn - 1
-            infinite = ~np.isfinite(value)
-            cells[f"{name}, relative"] = _cell(
-                np.where(infinite, np.nan, value),
-                np.where(np.isfinite(drawn), drawn, np.nan),
-                "+.1%",
-            )
+                gains = new.value / old.value - 1, new.drawn / old.drawn - 1
+            value, drawn = (np.where(np.isfinite(gain), gain, np.nan) for gain in gains)
+            cells[f"{name}, relative"] = _cell(value, drawn, "+.1%")
     return cells
 
 
@@ -187,12 +163,12 @@ def _counts(before: Mapping[str, Resampled], after: Mapping[str, Resampled]) -> 
 
 def _by_label(before: Resampled, after: Resampled) -> list[Interval]:
     known = before.known & after.known
-    cells = intervals(after.value - before.value, after.drawn - before.drawn, known)
+    cells = intervals(Resampled(after.value - before.value, after.drawn - before.drawn, known))
     return [{**cell, "form": "+.3f"} for cell in cells]
 
 
 def _cell(value: np.ndarray, drawn: np.ndarray, form: str) -> Interval:
-    (cell,) = intervals(value, drawn, ~np.isnan(value))
+    (cell,) = intervals(Resampled(value, drawn, ~np.isnan(value)))
     return {**cell, "form": form}
 
 

@@ -1,14 +1,14 @@
 """The bootstrap by how often each case is drawn, so that one sorting of the scores serves all
 resamples: seconds for a thousand of them, thousands of volumes and all labels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy.sparse import csr_array
 
-HELD = 2**23  # draws that are held at once
+MIN_GROUPS = 2  # of each class: fewer tell nothing about how a measure varies
 
 
 class Ranked(NamedTuple):
@@ -33,22 +33,18 @@ def groups_in(mask: Bool[np.ndarray, "N C"], numbers: np.ndarray) -> np.ndarray:
     return ((member @ mask.astype(float)) > 0).sum(0)
 
 
-def draws(numbers: np.ndarray, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "N S"]]:
-    """How often each of N cases is in each resample, some resamples at a time; all cases of a group
-    are drawn together. The draws are those of `hirescam_jax.metrics.bootstrap`.
+def draws(numbers: np.ndarray, resamples: int, seed: int) -> Float[np.ndarray, "N S"]:
+    """How often each of N cases is in each resample; all cases of a group are drawn together. The
+    draws are those of `hirescam_jax.metrics.bootstrap`.
 
     Args:
         numbers: `group_numbers`.
     """
     count = int(numbers.max()) + 1
     drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
-    size = max(1, HELD // len(numbers))
-    for begin in range(0, resamples, size):
-        some = drawn[begin : begin + size]
-        places = some + count * np.arange(len(some))[:, None]
-        times_SG = np.bincount(places.reshape(-1), minlength=some.shape[0] * count)
-        times_SG = times_SG.reshape(len(some), count).astype(np.float32)
-        yield np.ascontiguousarray(times_SG.T)[numbers]
+    places = drawn + count * np.arange(resamples)[:, None]
+    times_SG = np.bincount(places.reshape(-1), minlength=drawn.size).reshape(drawn.shape)
+    return np.ascontiguousarray(times_SG.T.astype(np.float32))[numbers]
 
 
 def ranked(
@@ -91,32 +87,80 @@ def ranked(
     return Ranked(auroc, np.where(total > 0, average, np.nan))
 
 
-def means_over(
-    value: Float[np.ndarray, "M K"], drawn: Float[np.ndarray, "M K S"], chosen: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Means over the chosen [M, K] labels, of the value [M] and in each resample [M, S]; NaN
-    without any. A label that is not defined in a resample keeps its value there, so that the mean
-    is always over the same labels."""
-    number = np.where(chosen.sum(1) > 0, chosen.sum(1), np.nan)
-    kept = np.where(np.isnan(drawn), value[..., None], drawn)
-    means = (np.where(chosen[..., None], part, 0).sum(1) for part in (value[..., None], kept))
-    of_value, of_draws = (mean / number[:, None] for mean in means)
-    return of_value[:, 0], of_draws
+class Resampled(NamedTuple):
+    """Columns of a measure: on all cases, and in each resample, NaN where not defined; and whether
+    enough groups stand behind it for an interval."""
+
+    value: Float[np.ndarray, "C"]
+    drawn: Float[np.ndarray, "C S"]
+    known: Bool[np.ndarray, "C"]
 
 
-def intervals(
-    value: Float[np.ndarray, "C"],
-    drawn: Float[np.ndarray, "C S"],
-    known: Bool[np.ndarray, "C"],
-    reflect: bool = False,
-) -> list[dict[str, float | None]]:
+def resampled_ranks(
+    scores: Float[np.ndarray, "N K"],
+    truth: Bool[np.ndarray, "N K"],
+    times: Float[np.ndarray, "N S"],
+    numbers: np.ndarray,
+) -> tuple[Resampled, Resampled]:
+    """AUROC and average precision of each label."""
+    columns = [
+        [ranked(scores[:, k], truth[:, k], t) for k in range(scores.shape[1])]
+        for t in (_once(times), times)
+    ]
+    (auroc, precision), (aurocs, precisions) = (
+        (np.stack(parts) for parts in zip(*of_labels, strict=True)) for of_labels in columns
+    )
+    positive, negative = (groups_in(mask, numbers) >= MIN_GROUPS for mask in (truth, ~truth))
+    return (
+        Resampled(auroc[:, 0], aurocs, positive & negative),
+        Resampled(precision[:, 0], precisions, positive),
+    )
+
+
+def resampled_means(
+    values: Float[np.ndarray, "N C"],
+    times: Float[np.ndarray, "N S"],
+    numbers: np.ndarray,
+    counts: Float[np.ndarray, "N C"] | None = None,
+) -> Resampled:
+    """Means of the values that are not NaN; with `counts`, values are sums of so many."""
+    if counts is None:
+        counts = (~np.isnan(values)).astype(float)
+        values = np.nan_to_num(values)
+    found = []
+    for t in (_once(times), times):
+        t = t.astype(float)
+        number, total = counts.T @ t, values.astype(float).T @ t
+        found.append(np.where(number > 0, total / np.maximum(number, 1), np.nan))
+    known = groups_in(counts > 0, numbers) >= MIN_GROUPS
+    return Resampled(found[0][:, 0], found[1], known)
+
+
+def _once(times: np.ndarray) -> np.ndarray:
+    """All cases, as they are."""
+    return np.ones((len(times), 1), times.dtype)
+
+
+def mean_of(measure: Resampled, chosen: Bool[np.ndarray, "C"]) -> Resampled:
+    """The mean over the chosen columns, as one column; NaN without any. A column that is not
+    defined in a resample keeps its value there, so that the mean is always over the same ones."""
+    if not chosen.any():
+        nothing = np.full((1, measure.drawn.shape[1]), np.nan)
+        return Resampled(nothing[:, 0], nothing, chosen[:1])
+    value, drawn = measure.value[chosen], measure.drawn[chosen]
+    kept = np.where(np.isnan(drawn), value[:, None], drawn)
+    return Resampled(value.mean(0, keepdims=True), kept.mean(0, keepdims=True), np.array([True]))
+
+
+def intervals(measure: Resampled, reflect: bool = False) -> list[dict[str, float | None]]:
     """{"value", "low", "high"} of each column: 95 % percentile intervals of the resamples in which
-    it is defined. Null where it is not, where there is to be no interval (`known`), or where all
+    it is defined. Null where it is not, where too few groups stand behind it, or where all
     resamples agree (a perfect score, say): they tell nothing of the spread then.
 
     Args:
         reflect: `reflected` instead.
     """
+    value, drawn, known = measure
     low, high = np.full((2, len(value)), np.nan)
     known = known & ~np.isnan(value) & ~np.isnan(drawn).all(1)
     if known.any():
@@ -127,8 +171,8 @@ def intervals(
     if reflect:
         low, high = reflected(value, low, high)
     return [
-        dict(zip(("value", "low", "high"), map(_null, numbers), strict=True))
-        for numbers in zip(value, low, high, strict=True)
+        dict(zip(("value", "low", "high"), map(_null, column), strict=True))
+        for column in zip(value, low, high, strict=True)
     ]
 
 

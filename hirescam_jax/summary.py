@@ -14,10 +14,19 @@ from hirescam_jax.metrics import (
     delong,
     reliability,
 )
-from hirescam_jax.resampling import draws, group_numbers, groups_in, intervals, means_over, ranked
+from hirescam_jax.resampling import (
+    MIN_GROUPS,
+    Resampled,
+    draws,
+    group_numbers,
+    groups_in,
+    intervals,
+    mean_of,
+    resampled_means,
+    resampled_ranks,
+)
 
 BINS = 10  # of equal width, for the calibration
-MIN_PATIENTS = 2  # of each class: fewer tell nothing about how a measure varies
 
 
 class Predictions(NamedTuple):
@@ -151,118 +160,98 @@ def evaluate(
             volumes, or a score that is not a finite number.
     """
     _check(labels, validation, test)
-    count, num_labels = test.labels.shape
-    groups = group_numbers(count, patients)
+    numbers = group_numbers(len(test.labels), patients)
+    times = draws(numbers, resamples, seed)
     maps = at_thresholds(labels, validation, test)
     probabilities = expit(test.logits.astype(np.float64))
-    residual_NK = probabilities - test.labels
-    without = np.where(test.labels.any(axis=0), 0.0, np.nan)  # added: null without positives
-    rows = {"brier": residual_NK**2 + without, **maps.values}
-    sums = [np.nan_to_num(value) for value in rows.values()]
-    numbers = [(~np.isnan(value)).astype(float) for value in rows.values()]
-    organs = list(test.organ_iou) if test.findings is not None and regions else []
-    for name in organs:  # pairs of volume and label, by region
-        found_NKR = (np.asarray(test.findings) > 0).astype(float)
-        defined = found_NKR * ~np.isnan(rows[name])[..., None]
-        numbers.append(defined.sum(1))
-        sums.append((defined * np.nan_to_num(rows[name])[..., None]).sum(1))
-    sums, numbers = np.concatenate(sums, axis=1), np.concatenate(numbers, axis=1)
-    in_bin_NKM = bin_of(probabilities, BINS)[..., None] == np.arange(BINS)
-    gaps = (residual_NK[..., None] * in_bin_NKM).reshape(count, -1)
-    order = ["auroc", "average_precision", "expected_calibration_error", *rows]
+    present = test.labels.any(axis=0)
+    enough = groups_in(test.labels, numbers) >= MIN_GROUPS
 
-    def statistic(times_NS: np.ndarray) -> np.ndarray:
-        """Of each resample [S]: rows x labels, then maps x regions."""
-        curves = [ranked(test.logits[:, k], test.labels[:, k], times_NS) for k in range(num_labels)]
-        # Means over the drawn volumes are products of matrices.
-        times_NS = times_NS.astype(float)
-        number = numbers.T @ times_NS
-        means = np.where(number > 0, sums.T @ times_NS / np.maximum(number, 1), np.nan)
-        gap = np.abs(gaps.T @ times_NS).reshape(num_labels, BINS, -1).sum(1)
-        error = gap / times_NS.sum(0) + without[:, None]
-        aurocs, precisions = (np.stack(parts) for parts in zip(*curves, strict=True))
-        return np.concatenate([aurocs, precisions, error, means])
-
-    value = statistic(np.ones((count, 1), np.float32))[:, 0]
-    drawn = [statistic(times) for times in draws(groups, resamples, seed)]
-    drawn = np.concatenate(drawn, axis=1)
-    # How many patients each row and label has values of: with fewer than two no interval.
-    of_each = [np.minimum(groups_in(test.labels, groups), groups_in(~test.labels, groups))]
-    of_each += [groups_in(test.labels, groups)] * 2
-    of_each.append(groups_in(numbers > 0, groups))
-    known = np.concatenate(of_each) >= MIN_PATIENTS
-    known[: len(order) * num_labels] &= np.tile(of_each[1] >= MIN_PATIENTS, len(order))
-
-    def by_label(columns: np.ndarray) -> np.ndarray:
-        shape = (len(order), num_labels, *columns.shape[1:])
-        return columns[: len(order) * num_labels].reshape(shape)
-
-    in_mean = by_label(known & ~np.isnan(value))
-    mean, mean_drawn = means_over(by_label(value), by_label(drawn), in_mean)
-    errors = order.index("expected_calibration_error")
-    columns = intervals(value, drawn, known)
-    means = intervals(mean, mean_drawn, ~np.isnan(mean))
-    place = errors * num_labels
-    columns[place : place + num_labels] = intervals(
-        *(x[place : place + num_labels] for x in (value, drawn, known)), reflect=True
-    )
-    means[errors : errors + 1] = intervals(
-        *(x[errors : errors + 1] for x in (mean, mean_drawn, ~np.isnan(mean))), reflect=True
-    )
-
-    def measure(key: Any) -> dict[str, Any]:
-        row = order.index(key)
-        of_labels = columns[row * num_labels : (row + 1) * num_labels]
+    def measure(found: Resampled, reflect: bool = False) -> dict[str, Any]:
+        """Means and intervals of labels; of those alone that are present."""
+        value = np.where(present, found.value, np.nan)
+        found = found._replace(value=value, known=found.known & enough)
+        chosen = found.known & ~np.isnan(value)
         return {
-            "mean": means[row],
-            "defined": int(in_mean[row].sum()),
-            "labels": dict(zip(labels, of_labels, strict=True)),
+            "mean": intervals(mean_of(found, chosen), reflect)[0],
+            "defined": int(chosen.sum()),
+            "labels": dict(zip(labels, intervals(found, reflect), strict=True)),
         }
 
-    def pairs(name: str) -> dict[str, int]:
-        measured = int((~np.isnan(rows[name])).sum())
-        return {"pairs": measured, "undefined_pairs": int(test.labels.sum()) - measured}
+    def of_values(values: np.ndarray) -> dict[str, Any]:
+        return measure(resampled_means(values, times, numbers))
 
-    lesions = {key[0]: {} for key in rows if isinstance(key, tuple)}
-    for key in rows:
+    def of_map(name: str) -> dict[str, Any]:
+        values = maps.values[name]
+        pairs, present_pairs = int((~np.isnan(values)).sum()), int(test.labels.sum())
+        organs = {}
+        if test.findings is not None and regions:
+            organs = _by_region(values, test.findings, regions, times, numbers)
+        return {
+            **of_values(values),
+            "thresholds": maps.thresholds[name],
+            "pairs": pairs,
+            "undefined_pairs": present_pairs - pairs,
+            "regions": organs,
+        }
+
+    aurocs, precisions = resampled_ranks(test.logits, test.labels, times, numbers)
+    lesions: dict[str, dict[str, Any]] = {}
+    for key, values in maps.values.items():
         if isinstance(key, tuple):
-            lesions[key[0]][key[1]] = measure(key)
-            if key[1] == "iou":
-                lesions[key[0]]["iou"]["thresholds"] = maps.thresholds[key]
-    result: dict[str, Any] = {
-        "volumes": count,
-        "patients": int(groups.max()) + 1,
+            lesions.setdefault(key[0], {})[key[1]] = of_values(values)
+    for name, of_lesions in lesions.items():
+        of_lesions["iou"]["thresholds"] = maps.thresholds[name, "iou"]
+    error = _calibration_error(probabilities, test.labels, times)
+    residuals = test.residuals
+    return {
+        "volumes": len(test.labels),
+        "patients": int(numbers.max()) + 1,
         "positives": dict(zip(labels, test.labels.sum(0).tolist(), strict=True)),
-        "auroc": {**measure("auroc"), "delong": _delong(labels, test, groups)},
-        "average_precision": measure("average_precision"),
+        "auroc": {**measure(aurocs), "delong": _delong(labels, test, numbers)},
+        "average_precision": measure(precisions),
         "calibration": {
             "bins": BINS,
-            "expected_calibration_error": measure("expected_calibration_error"),
-            "brier": measure("brier"),
+            "expected_calibration_error": measure(error, reflect=True),
+            "brier": of_values((probabilities - test.labels) ** 2),
             "reliability": _reliability(labels, probabilities, test.labels),
         },
-        "organ_iou": {
-            name: {
-                **measure(name),
-                "thresholds": maps.thresholds[name],
-                **pairs(name),
-                "regions": {},
-            }
-            for name in test.organ_iou
-        },
+        "organ_iou": {name: of_map(name) for name in test.organ_iou},
         "lesions": lesions or None,
-        "completeness": None,
+        "completeness": residuals
+        if residuals is None
+        else {"mean": float(residuals.mean()), "worst": float(residuals.max())},
     }
-    of_regions = iter(columns[len(order) * num_labels :])
-    region_pairs = iter(numbers[:, len(rows) * num_labels :].sum(0).astype(int).tolist())
-    for name in organs:
-        result["organ_iou"][name]["regions"] = {
-            region: {**next(of_regions), "pairs": next(region_pairs)} for region in regions
-        }
-    if test.residuals is not None:
-        mean, worst = float(test.residuals.mean()), float(test.residuals.max())
-        result["completeness"] = {"mean": mean, "worst": worst}
-    return result
+
+
+def _by_region(
+    values: np.ndarray,
+    findings: np.ndarray,
+    regions: Sequence[str],
+    times: np.ndarray,
+    numbers: np.ndarray,
+) -> dict[str, Any]:
+    """Means over the pairs of volume and label whose finding is in a region."""
+    counts = (findings > 0) * ~np.isnan(values)[..., None]
+    sums = (counts * np.nan_to_num(values)[..., None]).sum(1)
+    counts = counts.sum(1).astype(float)
+    found = intervals(resampled_means(sums, times, numbers, counts))
+    pairs = counts.sum(0).astype(int).tolist()
+    named = zip(regions, found, pairs, strict=True)
+    return {region: {**interval, "pairs": count} for region, interval, count in named}
+
+
+def _calibration_error(
+    probabilities: np.ndarray, truth: np.ndarray, times: np.ndarray
+) -> Resampled:
+    """The expected calibration error: sums over the drawn volumes are products of matrices."""
+    num_labels = truth.shape[1]
+    in_bin_NKM = bin_of(probabilities, BINS)[..., None] == np.arange(BINS)
+    gaps = ((probabilities - truth)[..., None] * in_bin_NKM).reshape(len(truth), -1)
+    found = []
+    for t in (np.ones((len(truth), 1)), times.astype(float)):
+        found.append(np.abs(gaps.T @ t).reshape(num_labels, BINS, -1).sum(1) / t.sum(0))
+    return Resampled(found[0][:, 0], found[1], np.ones(num_labels, bool))
 
 
 def _check(labels: Sequence[str], validation: Predictions, test: Predictions) -> None:
