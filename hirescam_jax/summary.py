@@ -59,9 +59,13 @@ class Predictions(NamedTuple):
 
 
 def choose_thresholds(validation: Predictions) -> dict[str, np.ndarray]:
-    """Per method and label the index of the threshold with the best mean OrganIoU; the first where
-    the label never occurs."""
-    return {name: best_threshold(iou_NKT) for name, iou_NKT in validation.organ_iou.items()}
+    """Per method and label the index of the threshold with the best mean OrganIoU; -1 where the
+    validation split has no map of the label to measure."""
+    return {name: _best(iou_NKT) for name, iou_NKT in validation.organ_iou.items()}
+
+
+def _best(scores_NKT: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(best_threshold(scores_NKT), nan=-1).astype(int)
 
 
 def evaluate(
@@ -121,13 +125,14 @@ def evaluate(
     residual_NK = probabilities - test.labels
     without = np.where(test.labels.any(axis=0), 0.0, np.nan)  # added: null without positives
     rows: dict[Any, np.ndarray] = {"brier": residual_NK**2 + without}
-    thresholds: dict[Any, dict[str, float]] = {}
+    thresholds: dict[Any, dict[str, float | None]] = {}
 
     def at_best(key: Any, on_validation: np.ndarray, on_test: np.ndarray) -> np.ndarray:
-        chosen = best_threshold(on_validation)
-        values = ORGAN_IOU_THRESHOLDS[chosen].tolist()
-        thresholds[key] = dict(zip(labels, values, strict=True))
-        return np.take_along_axis(on_test, chosen[None, :, None], axis=2)[..., 0]
+        chosen = _best(on_validation)
+        values = np.where(chosen >= 0, ORGAN_IOU_THRESHOLDS[chosen], np.nan)
+        thresholds[key] = dict(zip(labels, map(_null, values), strict=True))
+        on_test = np.take_along_axis(on_test, chosen[None, :, None], axis=2)[..., 0]
+        return np.where(chosen >= 0, on_test, np.nan)
 
     for name, iou_NKT in test.organ_iou.items():
         rows[name] = at_best(name, validation.organ_iou[name], iou_NKT)

@@ -61,9 +61,14 @@ def test_thresholds_are_the_best_of_the_validation_mean():
     assert (chosen["hirescam"] != chosen["gradcam"]).any()
 
 
-def test_threshold_of_a_label_that_validation_never_saw_is_the_first():
-    chosen = choose_thresholds(predictions(0, b=False))
-    assert chosen["hirescam"][1] == chosen["gradcam"][1] == 0
+def test_label_that_validation_never_saw_has_no_threshold():
+    validation = predictions(0, b=False)
+    chosen = choose_thresholds(validation)
+    assert chosen["hirescam"][1] == chosen["gradcam"][1] == -1
+    measure = evaluate(("a", "b", "c"), validation, predictions(1), resamples=20)["organ_iou"]
+    assert measure["hirescam"]["thresholds"]["b"] is None
+    assert measure["hirescam"]["labels"]["b"]["value"] is None
+    assert measure["hirescam"]["defined"] == 2
 
 
 def test_test_split_does_not_move_the_thresholds():
