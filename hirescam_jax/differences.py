@@ -33,8 +33,7 @@ def difference_tables(
     seed: int = 0,
 ) -> dict[str, Table]:
     """ "differences": a row a run, less the reference: means over the labels that both have;
-    "differences_labels": a row a label and run, with the p of DeLong's paired test where each
-    patient has one volume.
+    "differences_labels": a row a label and run, with the p of DeLong's paired test, by patient.
 
     Args:
         values: of each run, by its name.
@@ -61,7 +60,6 @@ def difference_tables(
     numbers = group_numbers(len(first.patients), first.patients)
     times = draws(numbers, resamples, seed)
     before = _measures(first, times, numbers)
-    single = len(set(first.patients)) == len(first.patients)
     overall, by_label = [], []
     names: tuple[str, ...] = ()
     for name, one in progress(others.items(), "differences", "run"):
@@ -71,9 +69,9 @@ def difference_tables(
         overall.append(((name, _counts(before, after)), tuple(cells.values())))
         columns = {key: _by_label(before[key], after[key]) for key in before.keys() & after.keys()}
         for k, label in enumerate(first.labels):
-            p = delong_test(one.logits[:, k], first.logits[:, k], first.truth[:, k]).p
+            p = delong_test(one.logits[:, k], first.logits[:, k], first.truth[:, k], numbers).p
             cells = {key: columns[key][k] for key in before if key in columns}
-            cells["AUROC p"] = _figure(p if single else np.nan, ".2g")
+            cells["AUROC p"] = _figure(p, ".2g")
             by_label.append(((label, name), tuple(cells.values()), tuple(cells)))
     note = (
         f"less '{reference}', {split} split, {len(first.patients)} volumes; 95 % intervals of "
@@ -81,7 +79,7 @@ def difference_tables(
     )
     notes = [f"Measured on other volumes, and so left out: {', '.join(left_out)}."] * bool(left_out)
     notes.append("OrganIoU of each run is at its own thresholds, of its validation split.")
-    test = ["p: DeLong's paired test of AUROC."] * single
+    test = "p: DeLong's paired test of AUROC, by patient."
     order = {label: i for i, label in enumerate(first.labels)}
     by_label.sort(key=lambda row: order[row[0][0]])
     of_labels = tuple((texts, cells) for texts, cells, _ in by_label)
@@ -95,7 +93,7 @@ def difference_tables(
             notes=tuple(notes),
         ),
         "differences_labels": Table(
-            f"By label {note}.", ("label", "model"), titles, of_labels, notes=(*notes, *test)
+            f"By label {note}.", ("label", "model"), titles, of_labels, notes=(*notes, test)
         ),
     }
     return {name: table.without_empty() for name, table in built.items()}

@@ -2,7 +2,7 @@
 resamples: seconds for a thousand of them, thousands of volumes and all labels."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -152,14 +152,10 @@ def mean_of(measure: Resampled, chosen: Bool[np.ndarray, "C"]) -> Resampled:
     return Resampled(value.mean(0, keepdims=True), kept.mean(0, keepdims=True), np.array([True]))
 
 
-def intervals(measure: Resampled, reflect: bool = False) -> list[dict[str, float | None]]:
+def intervals(measure: Resampled) -> list[dict[str, float | None]]:
     """{"value", "low", "high"} of each column: 95 % percentile intervals of the resamples in which
     it is defined. Null where it is not, where too few groups stand behind it, or where all
-    resamples agree (a perfect score, say): they tell nothing of the spread then.
-
-    Args:
-        reflect: `reflected` instead.
-    """
+    resamples agree (a perfect score, say): they tell nothing of the spread then."""
     value, drawn, known = measure
     low, high = np.full((2, len(value)), np.nan)
     known = known & ~np.isnan(value) & ~np.isnan(drawn).all(1)
@@ -168,21 +164,10 @@ def intervals(measure: Resampled, reflect: bool = False) -> list[dict[str, float
         # Sums of the same numbers in another order differ by rounding.
         agree = ends[3] - ends[0] <= 1e-12
         low[known], high[known] = (np.where(agree, np.nan, end) for end in ends[1:3])
-    if reflect:
-        low, high = reflected(value, low, high)
     return [
         dict(zip(("value", "low", "high"), map(_null, column), strict=True))
         for column in zip(value, low, high, strict=True)
     ]
-
-
-def reflected(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[Any, Any]:
-    """The basic bootstrap interval 2 value - (high, low) of a measure that is never negative and
-    that resampling makes larger, as it does a calibration error: chance gaps are taken for real
-    ones, once by the data and again by each resample. (Davison & Hinkley, Bootstrap Methods and
-    their Application, 1997, 5.2.) Cut at 0, and grown to hold the value."""
-    below, above = 2 * value - high, 2 * value - low
-    return np.clip(below, 0, value), np.maximum(above, value)
 
 
 def _null(value: float) -> float | None:

@@ -9,8 +9,10 @@ from scipy.special import expit
 
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
+    CalibrationError,
     best_threshold,
     bin_of,
+    calibration_error_of_bins,
     delong,
     reliability,
 )
@@ -68,8 +70,7 @@ def choose_thresholds(validation: Predictions) -> dict[str, np.ndarray]:
 
 
 def _best(scores_NKT: np.ndarray) -> np.ndarray:
-    seen = ~np.isnan(scores_NKT).all(axis=(0, 2))
-    return np.where(seen, np.nan_to_num(best_threshold(scores_NKT), nan=-1), -1).astype(int)
+    return np.nan_to_num(best_threshold(scores_NKT), nan=-1).astype(int)
 
 
 def at_thresholds(labels: Sequence[str], validation: Predictions, test: Predictions) -> Measured:
@@ -134,13 +135,13 @@ def evaluate(
         "volumes": of the test split. "patients": how many were resampled.
         "positives": {label: volumes}.
         "auroc": a measure, and "delong": {label: {"low", "high", "standard_error"}}: intervals by
-            DeLong's variance; null where patients have several volumes, which it takes as
-            independent.
+            DeLong's variance, by patient.
         "average_precision": a measure.
         "calibration": {"bins": M, "expected_calibration_error": measure, "brier": measure,
             "reliability": {label: {"count", "probability", "frequency"}}}: lists of M bins of equal
-            width over [0, 1], null in empty bins. The error's intervals are reflected
-            (`hirescam_jax.resampling.reflected`).
+            width over [0, 1], null in empty bins. The error is debiased
+            (`hirescam_jax.metrics.calibration_error_of_bins`), with the plain one under "plug_in":
+            {label: number or null}.
         "organ_iou": {method: a measure, and "thresholds": {label: number or null}, "pairs" of
             volume and label that it is over, "undefined_pairs": with a finding, but without a
             measure, and "regions": {region: interval and "pairs"}}: by the region in which the
@@ -167,15 +168,15 @@ def evaluate(
     present = test.labels.any(axis=0)
     enough = groups_in(test.labels, numbers) >= MIN_GROUPS
 
-    def measure(found: Resampled, reflect: bool = False) -> dict[str, Any]:
+    def measure(found: Resampled) -> dict[str, Any]:
         """Means and intervals of labels; of those alone that are present."""
         value = np.where(present, found.value, np.nan)
         found = found._replace(value=value, known=found.known & enough)
         chosen = found.known & ~np.isnan(value)
         return {
-            "mean": intervals(mean_of(found, chosen), reflect)[0],
+            "mean": intervals(mean_of(found, chosen))[0],
             "defined": int(chosen.sum()),
-            "labels": dict(zip(labels, intervals(found, reflect), strict=True)),
+            "labels": dict(zip(labels, intervals(found), strict=True)),
         }
 
     def of_values(values: np.ndarray) -> dict[str, Any]:
@@ -202,7 +203,8 @@ def evaluate(
             lesions.setdefault(key[0], {})[key[1]] = of_values(values)
     for name, of_lesions in lesions.items():
         of_lesions["iou"]["thresholds"] = maps.thresholds[name, "iou"]
-    error = _calibration_error(probabilities, test.labels, times)
+    error, plug_in = _calibration_error(probabilities, test.labels, times)
+    plug_in = map(_null, np.where(present, plug_in, np.nan))
     residuals = test.residuals
     return {
         "volumes": len(test.labels),
@@ -212,7 +214,10 @@ def evaluate(
         "average_precision": measure(precisions),
         "calibration": {
             "bins": BINS,
-            "expected_calibration_error": measure(error, reflect=True),
+            "expected_calibration_error": {
+                **_cut(measure(error)),
+                "plug_in": dict(zip(labels, plug_in, strict=True)),
+            },
             "brier": of_values((probabilities - test.labels) ** 2),
             "reliability": _reliability(labels, probabilities, test.labels),
         },
@@ -243,15 +248,32 @@ def _by_region(
 
 def _calibration_error(
     probabilities: np.ndarray, truth: np.ndarray, times: np.ndarray
-) -> Resampled:
-    """The expected calibration error: sums over the drawn volumes are products of matrices."""
+) -> tuple[Resampled, np.ndarray]:
+    """The debiased expected calibration error, and the plug-in one [K]. Sums over the drawn volumes
+    are products of matrices; the resamples are turned around, for a basic interval."""
     num_labels = truth.shape[1]
     in_bin_NKM = bin_of(probabilities, BINS)[..., None] == np.arange(BINS)
-    gaps = ((probabilities - truth)[..., None] * in_bin_NKM).reshape(len(truth), -1)
-    found = []
-    for t in (np.ones((len(truth), 1)), times.astype(float)):
-        found.append(np.abs(gaps.T @ t).reshape(num_labels, BINS, -1).sum(1) / t.sum(0))
-    return Resampled(found[0][:, 0], found[1], np.ones(num_labels, bool))
+    weights = np.ones(truth.shape), probabilities, truth
+    columns = [(in_bin_NKM * w[..., None]).reshape(len(truth), -1) for w in weights]
+
+    def error(t: np.ndarray) -> CalibrationError:
+        sums = [(c.T @ t).reshape(num_labels, BINS, -1).swapaxes(1, 2) for c in columns]
+        return calibration_error_of_bins(*sums)
+
+    found, drawn = error(np.ones((len(truth), 1))), error(times.astype(float))
+    around = found.debiased + found.plug_in - drawn.debiased
+    known = np.ones(num_labels, bool)
+    return Resampled(found.debiased[:, 0], around, known), found.plug_in[:, 0]
+
+
+def _cut(measure: dict[str, Any]) -> dict[str, Any]:
+    """With all figures in [0, 1]: a debiased error can be a little below 0."""
+
+    def cut(interval: dict[str, float | None]) -> dict[str, float | None]:
+        return {n: None if v is None else min(max(v, 0.0), 1.0) for n, v in interval.items()}
+
+    of_labels = {label: cut(interval) for label, interval in measure["labels"].items()}
+    return {**measure, "mean": cut(measure["mean"]), "labels": of_labels}
 
 
 def _check(labels: Sequence[str], validation: Predictions, test: Predictions) -> None:
@@ -274,12 +296,9 @@ def _check(labels: Sequence[str], validation: Predictions, test: Predictions) ->
 def _delong(
     labels: Sequence[str], test: Predictions, groups: np.ndarray
 ) -> dict[str, dict[str, float | None]]:
-    if len(np.unique(groups)) < len(groups):
-        nothing = {"low": None, "high": None, "standard_error": None}
-        return {label: dict(nothing) for label in labels}
     found = {}
     for k, label in enumerate(labels):
-        one = delong(test.logits[None, :, k], test.labels[:, k])
+        one = delong(test.logits[None, :, k], test.labels[:, k], groups)
         (low,), (high,) = one.interval()
         error = float(np.sqrt(one.covariance[0, 0]))
         found[label] = {"low": _null(low), "high": _null(high), "standard_error": _null(error)}

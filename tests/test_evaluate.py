@@ -25,6 +25,7 @@ from hirescam_jax.kept import Kept
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
     brier_score,
+    calibration_interval,
     delong,
     expected_calibration_error,
     organ_iou,
@@ -199,9 +200,12 @@ def test_calibration_is_that_of_the_measures():
     assert result["brier"]["labels"]["b"]["value"] is None
     for k, label in ((0, "a"), (2, "c")):
         probabilities = 1 / (1 + np.exp(-test.logits[:, k]))
-        error = expected_calibration_error(probabilities, test.labels[:, k], result["bins"])
-        found = result["expected_calibration_error"]["labels"][label]["value"]
-        assert found == pytest.approx(error)
+        given = probabilities, test.labels[:, k], result["bins"]
+        found = result["expected_calibration_error"]
+        plain = expected_calibration_error(*given)
+        assert found["plug_in"][label] == pytest.approx(plain)
+        interval = calibration_interval(*given, resamples=30)
+        assert list(found["labels"][label].values()) == pytest.approx(interval)
         brier = brier_score(probabilities, test.labels[:, k])
         assert result["brier"]["labels"][label]["value"] == pytest.approx(brier)
         assert sum(result["reliability"][label]["count"]) == 40
@@ -259,9 +263,10 @@ def test_label_with_one_positive_has_no_interval_and_is_in_no_mean():
     # Two volumes of one patient are no more than one.
     labels[1, 1] = True
     patients = ["p0", "p0", *map(str, range(58))]
-    result = evaluate(("common", "rare"), split, split, resamples=50, patients=patients)
-    assert result["auroc"]["labels"]["rare"]["low"] is None
-    assert set(result["auroc"]["delong"]["common"].values()) == {None}
+    result = evaluate(("common", "rare"), split, split, resamples=50, patients=patients)["auroc"]
+    assert result["labels"]["rare"]["low"] is result["delong"]["rare"]["low"] is None
+    one = delong(split.logits[None, :, 0], split.labels[:, 0], patients)
+    assert result["delong"]["common"]["low"] == pytest.approx(one.interval()[0][0])
 
 
 def test_pairs_without_a_measure_are_counted():

@@ -257,7 +257,10 @@ def test_differences_are_of_the_same_volumes_labels_and_patients():
     twice = [str(i // 2) for i in range(60)]
     runs = {"base": values(1, patients=twice), "loss": values(2, patients=twice)}
     built = difference_tables(runs, resamples=50)
-    assert "AUROC p" not in built["differences_labels"].names
+    (row, _) = csv.DictReader(io.StringIO(built["differences_labels"].csv()))
+    one, other = (run.logits[:, 0] for run in runs.values())
+    test = delong_test(other, one, runs["base"].truth[:, 0], twice)
+    assert float(row["AUROC p"]) == pytest.approx(test.p, rel=1e-4)
     assert "30 patients" in built["differences"].title
 
 
