@@ -279,7 +279,11 @@ def _defined(evaluation: Any) -> str:
 def _lesions(evaluations: Mapping[str, Any], shown: Mapping[str, str]) -> tuple:
     rows = []
     for name, evaluation in evaluations.items():
-        for of_map, measures in (evaluation.get("lesions") or {}).items():
+        found = evaluation.get("lesions") or {}
+        for of_map in [*MAP_NAMES, *(found.keys() - MAP_NAMES.keys())]:
+            if of_map not in found:
+                continue
+            measures = found[of_map]
             cells = (
                 {end: measures[key]["mean"][end] for end in ("value", "low", "high")}
                 | _guarantee(evaluation, of_map)

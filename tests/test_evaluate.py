@@ -504,6 +504,26 @@ def test_data_without_a_test_split(run):
     assert "in-sample" in table(result)
 
 
+def test_findings_in_an_organ_without_a_cell(run):
+    """No map could be right: they are counted, and in no mean."""
+
+    class Cut(Cases):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            item["regions"][1] = 0
+            item["findings"][:, 0] = [1, 0, 0]
+            return item
+
+    result = evaluate_run(run, Cut(), None)
+    findings = np.array([Cut()[i]["findings"] for i in range(5)])
+    elsewhere = (findings[:, :, 1] > findings[:, :, 0]).sum()
+    for measure in result["organ_iou"].values():
+        assert (measure["pairs"], measure["undefined_pairs"]) == (5, elsewhere)
+        assert measure["defined"] == 1
+        assert measure["labels"]["b"]["value"] is None
+        assert measure["regions"]["left"]["pairs"] == 5
+
+
 def test_weights_that_are_not_numbers(run):
     broken = jax.tree.map(lambda x: x * np.nan, run.variables)
     with pytest.raises(UserError, match=r"at step 1 the score of 'a' in volume 0 .* is nan: train"):
