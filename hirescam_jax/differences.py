@@ -43,7 +43,7 @@ def difference_tables(
         {} where no run has the reference's volumes.
 
     Raises:
-        UserError: no run is called `against`.
+        UserError: no run is called `against`, or none has its volumes.
     """
     reference = against or next(iter(values))
     if reference not in values:
@@ -55,6 +55,8 @@ def difference_tables(
         if name != reference and _same_volumes(one, first)
     }
     left_out = [name for name in values if name != reference and name not in others]
+    if not others and against:
+        raise UserError(f"--against {against}: no other run was measured on the same volumes")
     if not others:
         return {}
     numbers = group_numbers(len(first.patients), first.patients)

@@ -7,7 +7,7 @@ Each as CSV (all figures, for programs), Markdown and LaTeX (for people and pape
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hirescam_jax.table_text import MISSING, Interval, Table
 from hirescam_jax.values import Values
 
 EVALUATION = "evaluation.json"
+KINDS = ("models", "labels", "organs", "lesions", "masks", "differences", "differences_labels")
 IN_SAMPLE = (
     "The thresholds of the maps are chosen on this split: its OrganIoU is in-sample, and higher "
     "than on other volumes."
@@ -160,6 +161,12 @@ def all_tables(runs: Sequence[Path], against: str = "") -> dict[str, Table]:
         )
     if len(files) > 1 and not missing:
         values = {name: Values.load(file) for name, file in files.items()}
+        for name, one in values.items():
+            if one.content != evaluations[name].get("content"):
+                raise UserError(
+                    f"{files[name]}: is not of the evaluation beside it: run `hirescam evaluate "
+                    f"{paths[name]}` again"
+                )
         built |= difference_tables(values, against, split)
     return built
 
@@ -193,6 +200,7 @@ def _of_split(evaluations: Mapping[str, Any], split: str) -> dict[str, Table]:
         *[IN_SAMPLE] * (split == "validation"),
         *[OTHER_VOLUMES] * (shown.keys() != set(shown.values())),
     )
+    notes += tuple(_undefined(first))
     volumes = {e["volumes"] for e in evaluations.values()}
     count = f"{volumes.pop()} volumes" if len(volumes) == 1 else "volumes differ between the runs"
     note = f"{split} split, {count}; 95 % intervals"
@@ -234,6 +242,16 @@ def _of_split(evaluations: Mapping[str, Any], split: str) -> dict[str, Table]:
         columns = tuple(LESION_MEASURES.values())
         built["lesions"] = Table(text, ("model", "map"), columns, lesions, notes=notes)
     return {name: table.without_empty() for name, table in built.items()}
+
+
+def _undefined(evaluation: Any) -> Iterator[str]:
+    found = evaluation["organ_iou"].get("hirescam") or {}
+    if found.get("undefined_pairs"):
+        yield (
+            f"OrganIoU is over {found['pairs']} pairs of a volume and a finding; "
+            f"{found['undefined_pairs']} more have an organ without a cell or of all cells, or a "
+            "label without a threshold (of the first model's HiResCAM maps)."
+        )
 
 
 def _same_volumes(evaluation: Any, first: Any) -> bool:
@@ -331,9 +349,13 @@ def mask_tables(evaluations: Mapping[str, Any], headers: Mapping[str, Header]) -
 
 
 def write_tables(built: Mapping[str, Table], out: Path) -> list[Path]:
-    """Writes each table as .csv, .md and .tex; returns the files."""
+    """Writes each table as .csv, .md and .tex, and removes those of other runs that have no
+    successor; returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
+    for stem in {*KINDS, *(f"{kind}_validation" for kind in KINDS)} - built.keys():
+        for suffix in ("csv", "md", "tex"):
+            (out / f"{stem}.{suffix}").unlink(missing_ok=True)
     for name, table in built.items():
         for suffix, text in (
             ("csv", table.csv()),

@@ -16,7 +16,7 @@ from hirescam_jax.differences import difference_tables
 from hirescam_jax.errors import UserError
 from hirescam_jax.metrics import auroc, bootstrap, delong_test
 from hirescam_jax.run import Header
-from hirescam_jax.table import mask_tables, read_evaluations, tables, write_tables
+from hirescam_jax.table import all_tables, mask_tables, read_evaluations, tables, write_tables
 from hirescam_jax.table_text import Table
 from hirescam_jax.values import Values
 
@@ -253,7 +253,10 @@ def test_differences_are_of_the_same_volumes_labels_and_patients():
     built = difference_tables({"base": values(1), "order": order, "other": other}, resamples=50)
     assert [row[0][0] for row in built["differences"].rows] == ["order"]
     assert "left out: other" in built["differences"].markdown()
-    assert difference_tables({"base": values(1), "other": other}) == {}
+    apart = {"base": values(1), "other": other}
+    assert difference_tables(apart) == {}
+    with pytest.raises(UserError, match="--against base: no other run was measured on the same"):
+        difference_tables(apart, "base")
     twice = [str(i // 2) for i in range(60)]
     runs = {"base": values(1, patients=twice), "loss": values(2, patients=twice)}
     built = difference_tables(runs, resamples=50)
@@ -285,13 +288,19 @@ def test_command(tmp_path: Path, capsys):
     assert (tmp_path / "tables" / "models.md").read_text() in printed
 
 
-def test_damaged_values(tmp_path: Path):
+def test_damaged_and_missing_values(tmp_path: Path):
     runs = [write_run(tmp_path / name, value) for name, value in TWO.items()]
+    assert set(all_tables(runs)) == {"models", "labels", "organs"}
+    with pytest.raises(UserError, match=r"evaluation_test\.npz is not there: run `hirescam eval"):
+        all_tables(runs, "baseline")
     for run in runs:
         (run / "evaluation_test.npz").write_bytes(b"PK no archive")
-    with pytest.raises(SystemExit) as caught:
-        main(["table", *map(str, runs), "--out", str(tmp_path / "tables")])
-    assert caught.value.code == 2
+    with pytest.raises(UserError, match=r"evaluation_test\.npz: .* run `hirescam evaluate` again"):
+        all_tables(runs)
+    for run in runs:
+        values(1, content="xyz").save(run / "evaluation_test.npz")
+    with pytest.raises(UserError, match="is not of the evaluation beside it"):
+        all_tables(runs)
 
 
 def damaged(**parts: Any) -> str:
@@ -344,5 +353,7 @@ def test_runs_that_cannot_be_compared(tmp_path: Path):
 
 def test_files_are_replaced_whole(tmp_path: Path):
     write_tables(tables(TWO), tmp_path)
+    (tmp_path / "masks.tex").write_text("of other runs")
     write_tables(tables({"mask_loss": TWO["mask_loss"]}), tmp_path)
+    assert not (tmp_path / "masks.tex").exists()
     assert "baseline" not in (tmp_path / "models.csv").read_text()
