@@ -19,10 +19,11 @@ from hirescam_jax.resampling import (
     resampled_ranks,
 )
 from hirescam_jax.summary_text import MAP_NAMES
-from hirescam_jax.table_text import Interval, Table
+from hirescam_jax.table_text import MISSING, Interval, Table
 from hirescam_jax.values import Values
 
 MAPS = ("hirescam", "gradcam")  # the model's
+Row = tuple[tuple[str, ...], dict[str, Interval]]  # texts, and a cell a column
 
 
 def difference_tables(
@@ -62,43 +63,41 @@ def difference_tables(
     numbers = group_numbers(len(first.patients), first.patients)
     times = draws(numbers, resamples, seed)
     before = _measures(first, times, numbers)
-    overall, by_label = [], []
-    names: tuple[str, ...] = ()
+    overall: list[Row] = []
+    of_labels: dict[str, list[Row]] = {label: [] for label in first.labels}
     for name, one in progress(others.items(), "differences", "run"):
         after = _measures(one, times, numbers)
-        cells = _overall(before, after)
-        names = tuple(cells)
-        overall.append(((name, _counts(before, after)), tuple(cells.values())))
-        columns = {key: _by_label(before[key], after[key]) for key in before.keys() & after.keys()}
-        for k, label in enumerate(first.labels):
+        usual = int(_both(before["AUROC"], after["AUROC"]).sum())
+        texts = name, f"{usual} of {len(first.labels)}"
+        overall.append((texts, _overall(before, after, usual)))
+        columns = {key: _by_label(before[key], after[key]) for key in before if key in after}
+        for k, (label, rows) in enumerate(of_labels.items()):
             p = delong_test(one.logits[:, k], first.logits[:, k], first.truth[:, k], numbers).p
-            cells = {key: columns[key][k] for key in before if key in columns}
-            cells["AUROC p"] = _figure(p, ".2g")
-            by_label.append(((label, name), tuple(cells.values()), tuple(cells)))
+            test = {"AUROC p": _figure(p, ".2g")}
+            rows.append(((label, name), {key: cells[k] for key, cells in columns.items()} | test))
     note = (
         f"less '{reference}', {split} split, {len(first.patients)} volumes; 95 % intervals of "
         f"resamples of {len(set(first.patients))} patients, the same for both"
     )
     notes = [f"Measured on other volumes, and so left out: {', '.join(left_out)}."] * bool(left_out)
     notes.append("OrganIoU of each run is at its own thresholds, of its validation split.")
-    test = "p: DeLong's paired test of AUROC, by patient."
-    order = {label: i for i, label in enumerate(first.labels)}
-    by_label.sort(key=lambda row: order[row[0][0]])
-    of_labels = tuple((texts, cells) for texts, cells, _ in by_label)
-    titles = by_label[0][2]
-    built = {
-        "differences": Table(
-            f"Means over labels {note}.",
-            ("model", "labels"),
-            names,
-            tuple(overall),
-            notes=tuple(notes),
-        ),
-        "differences_labels": Table(
-            f"By label {note}.", ("label", "model"), titles, of_labels, notes=(*notes, test)
+    test_note = "p: DeLong's paired test of AUROC, by patient."
+    return {
+        "differences": _table(f"Means over labels {note}.", ("model", "labels"), overall, notes),
+        "differences_labels": _table(
+            f"By label {note}.",
+            ("label", "model"),
+            [row for rows in of_labels.values() for row in rows],
+            [*notes, test_note],
         ),
     }
-    return {name: table.without_empty() for name, table in built.items()}
+
+
+def _table(title: str, head: tuple[str, ...], rows: list[Row], notes: list[str]) -> Table:
+    """Of rows that need not have the same columns: a network may have no maps."""
+    names = tuple(dict.fromkeys(name for _, cells in rows for name in cells))
+    filled = ((texts, tuple(cells.get(n, MISSING) for n in names)) for texts, cells in rows)
+    return Table(title, head, names, tuple(filled), notes=tuple(notes)).without_empty()
 
 
 def _same_volumes(one: Values, other: Values) -> bool:
@@ -129,7 +128,7 @@ def _measures(values: Values, times: np.ndarray, numbers: np.ndarray) -> dict[st
 
 
 def _overall(
-    before: Mapping[str, Resampled], after: Mapping[str, Resampled]
+    before: Mapping[str, Resampled], after: Mapping[str, Resampled], usual: int
 ) -> dict[str, Interval]:
     cells: dict[str, Interval] = {}
     for name, old in before.items():
@@ -137,12 +136,13 @@ def _overall(
             continue
         both = _both(old, after[name])
         old, new = mean_of(old, both), mean_of(after[name], both)
-        cells[name] = _cell(new.value - old.value, new.drawn - old.drawn, "+.3f")
+        counts = {"labels": int(both.sum()), "usual": usual}
+        cells[name] = _cell(new.value - old.value, new.drawn - old.drawn, "+.3f") | counts
         if name.startswith("OrganIoU"):
             with np.errstate(divide="ignore", invalid="ignore"):
                 gains = new.value / old.value - 1, new.drawn / old.drawn - 1
             value, drawn = (np.where(np.isfinite(gain), gain, np.nan) for gain in gains)
-            cells[f"{name}, relative"] = _cell(value, drawn, "+.1%")
+            cells[f"{name}, relative"] = _cell(value, drawn, "+.1%") | counts
     return cells
 
 
@@ -150,15 +150,6 @@ def _both(before: Resampled, after: Resampled) -> np.ndarray:
     """[K], the labels of the mean."""
     undefined = np.isnan(before.value) | np.isnan(after.value)
     return before.known & after.known & ~undefined
-
-
-def _counts(before: Mapping[str, Resampled], after: Mapping[str, Resampled]) -> str:
-    """How many labels are in the means."""
-    counts = {n: int(_both(before[n], after[n]).sum()) for n in before if n in after}
-    total = len(before["AUROC"].value)
-    if len(set(counts.values())) == 1:
-        return f"{counts['AUROC']} of {total}"
-    return ", ".join(f"{name} {count}" for name, count in counts.items()) + f" of {total}"
 
 
 def _by_label(before: Resampled, after: Resampled) -> list[Interval]:

@@ -215,7 +215,7 @@ def _of_split(evaluations: Mapping[str, Any], split: str) -> dict[str, Table]:
         (*names, "unexplained score"),
         tuple(
             (
-                (shown[name], _defined(e), (e.get("head") or {}).get("kind", "")),
+                (shown[name], _of_labels(e), (e.get("head") or {}).get("kind", "")),
                 (*(_cell(e, m, "mean") for m in MEASURES), _residual(e)),
             )
             for name, e in evaluations.items()
@@ -262,6 +262,9 @@ def _cell(evaluation: Any, measure: Measure, part: str, key: str | None = None) 
     found = (measure.get(evaluation) or {}).get(part, MISSING if key is None else {})
     cell = found if key is None else found.get(key, MISSING)
     cell = {end: cell[end] for end in ("value", "low", "high")}
+    if key is None:
+        usual = _defined(evaluation, MEASURES[0])
+        cell |= {"labels": _defined(evaluation, measure), "usual": usual}
     return cell | _guarantee(evaluation, measure.map)
 
 
@@ -280,18 +283,15 @@ def _pairs(evaluation: Any, organ: str) -> str:
     return str(found.get("pairs", ""))
 
 
-def _defined(evaluation: Any) -> str:
-    """ "80 of 80", or of which measure how many labels are in the mean."""
-    total = len(_labels(evaluation))
-    counts = {}
-    for measure in MEASURES:
-        found = measure.get(evaluation)
-        if found is not None:
-            known = sum(cell["value"] is not None for cell in found["labels"].values())
-            counts[measure.name] = found.get("defined", known)
-    if len(set(counts.values())) == 1:
-        return f"{counts['AUROC']} of {total}"
-    return ", ".join(f"{name} {count}" for name, count in counts.items()) + f" of {total}"
+def _of_labels(evaluation: Any) -> str:
+    return f"{_defined(evaluation, MEASURES[0])} of {len(_labels(evaluation))}"
+
+
+def _defined(evaluation: Any, measure: Measure) -> int:
+    """How many labels are in the mean."""
+    found = measure.get(evaluation) or {"labels": {}}
+    known = sum(cell["value"] is not None for cell in found["labels"].values())
+    return found.get("defined", known)
 
 
 def _lesions(evaluations: Mapping[str, Any], shown: Mapping[str, str]) -> tuple:

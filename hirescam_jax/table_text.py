@@ -5,11 +5,13 @@ import dataclasses
 import io
 from typing import Any
 
-# {"value", "low", "high"}, each None where it is not defined. Also "form", a format specification,
-# and "holds": whether a map accounts for the score, where the cell is of maps.
+# {"value", "low", "high"}, each None where it is not defined. Also "form", a format specification;
+# "holds", where the cell is of a map: whether it accounts for the score; "labels": how many are in
+# the mean, and "usual": in the others of its row.
 Interval = dict[str, Any]
 MISSING: Interval = {"value": None, "low": None, "high": None}
 
+CSV_NAMES = {"value": "", "low": "low", "high": "high", "labels": "labels", "holds": "guaranteed"}
 LONG = 40  # rows; more are not on one page
 MARK = "†"
 NO_GUARANTEE = (
@@ -64,24 +66,21 @@ class Table:
         )
 
     def csv(self) -> str:
-        """A column each for a measure's value and the ends of its interval, empty if missing, and
-        for maps whether they are guaranteed to account for the score."""
+        """A column each for a measure's value and the ends of its interval, empty if missing; for
+        means over how many labels, and for maps whether they must account for the score."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        of_maps = [any("holds" in cells[c] for _, cells in self.rows) for c, _ in self._columns()]
-        titles = list(self.head)
-        for column, name in self._columns():
-            titles += [name, f"{name} low", f"{name} high"]
-            titles += [f"{name} guaranteed"] * of_maps[column]
-        writer.writerow(titles)
+        columns = list(zip(*(cells for _, cells in self.rows), strict=True))
+        parts = [[k for k in CSV_NAMES if any(k in cell for cell in cells)] for cells in columns]
+        titles = [
+            f"{name} {CSV_NAMES[key]}".strip()
+            for name, keys in zip(self.names, parts, strict=True)
+            for key in keys
+        ]
+        writer.writerow([*self.head, *titles])
         for head, cells in self.rows:
-            line = list(head)
-            for cell, of_map in zip(cells, of_maps, strict=True):
-                figures = [cell.get(end) for end in ("value", "low", "high")]
-                line += ["" if f is None else f"{f:.6g}" for f in figures]
-                holds = {True: "yes", False: "no", None: ""}[cell.get("holds")]
-                line += [holds] * of_map
-            writer.writerow(line)
+            figures = [cell.get(k) for cell, keys in zip(cells, parts, strict=True) for k in keys]
+            writer.writerow([*head, *map(_csv, figures)])
         return out.getvalue()
 
     def markdown(self) -> str:
@@ -119,9 +118,6 @@ class Table:
         needs = "% needs \\usepackage{booktabs, graphicx}"
         return "\n".join([needs, r"\begin{table}", *_in(parts), r"\end{table}", ""])
 
-    def _columns(self) -> list[tuple[int, str]]:
-        return list(enumerate(self.names))
-
     def _notes(self) -> list[str]:
         marked = any(_unsure(cell) for _, cells in self.rows for cell in cells)
         return [*self.notes, *[NO_GUARANTEE] * marked]
@@ -130,13 +126,14 @@ class Table:
         """Text of the cells; the best value of each column that is compared stands out."""
         best: list[float | None] = [None] * len(self.names)
         for column, sign in enumerate(self.better):
-            values = [cells[column]["value"] for _, cells in self.rows]
-            known = [sign * value for value in values if sign and value is not None]
+            compared = [cells[column] for _, cells in self.rows if _comparable(cells[column])]
+            known = [sign * cell["value"] for cell in compared if sign]
             best[column] = sign * max(known) if len(known) > 1 else None
 
         def text(cell: Interval, top: float | None) -> str:
             plain = escape(interval_text(cell))
-            shown = best_form.format(plain) if _is(cell["value"], top) else plain
+            best_one = _comparable(cell) and _is(cell["value"], top)
+            shown = best_form.format(plain) if best_one else plain
             return shown + escape(MARK) if _unsure(cell) else shown
 
         return [
@@ -150,9 +147,23 @@ def interval_text(cell: Interval) -> str:
     if cell["value"] is None:
         return "–"
     form = cell.get("form", ".3f")
-    if cell.get("low") is None:
-        return f"{cell['value']:{form}}"
-    return f"{cell['value']:{form}} [{cell['low']:{form}}, {cell['high']:{form}}]"
+    text = f"{cell['value']:{form}}"
+    if cell.get("low") is not None:
+        text += f" [{cell['low']:{form}}, {cell['high']:{form}}]"
+    if cell.get("labels") != cell.get("usual"):
+        text += f" ({cell['labels']} label{'s' * (cell['labels'] != 1)})"
+    return text
+
+
+def _comparable(cell: Interval) -> bool:
+    """Whether it may be the best of its column: not a mean over fewer labels."""
+    return cell["value"] is not None and cell.get("labels") == cell.get("usual")
+
+
+def _csv(figure: float | None) -> str:
+    if isinstance(figure, bool):
+        return "yes" if figure else "no"
+    return "" if figure is None else f"{figure:.6g}"
 
 
 def _unsure(cell: Interval) -> bool:

@@ -138,6 +138,17 @@ def test_maps_without_a_guarantee_are_marked():
     assert "OrganIoU organ prior guaranteed" not in rows[0]
 
 
+def test_means_over_fewer_labels_are_not_compared():
+    fewer = evaluation(0.7, 0.9)
+    fewer["organ_iou"]["hirescam"]["defined"] = 0
+    built = tables({"all": TWO["baseline"], "more": TWO["mask_loss"], "fewer": fewer})["models"]
+    markdown = built.markdown()
+    assert "| 0.900 [0.850, 0.950] (0 labels) |" in markdown
+    assert "**0.450 [0.400, 0.500]** |" in markdown
+    rows = list(csv.DictReader(io.StringIO(built.csv())))
+    assert [row["OrganIoU HiResCAM labels"] for row in rows] == ["1", "1", "0"]
+
+
 def test_both_splits():
     both = {name: {**one, "validation": one} for name, one in TWO.items()}
     built = tables(both)
@@ -245,6 +256,21 @@ def test_differences_from_another_run_and_of_equal_runs():
         assert rows["again"][f"{name} low"] == ""  # all resamples agree
     with pytest.raises(UserError, match="--against none: no such run here: choose from base, loss"):
         difference_tables(runs, "none")
+
+
+@pytest.mark.parametrize("against", ["base", "ctnet"])
+def test_differences_with_a_network_without_maps(against):
+    runs = {"base": values(1), "ctnet": values(2, organ_iou={}), "loss": values(3, gain=0.1)}
+    for table in difference_tables(runs, against, resamples=20).values():
+        rows = {r["model"]: r for r in csv.DictReader(io.StringIO(table.csv()))}
+        assert all(row["AUROC"] for row in rows.values())
+        if against == "ctnet":
+            assert "OrganIoU HiResCAM" not in rows["loss"]
+        else:
+            assert rows["ctnet"]["OrganIoU HiResCAM"] == ""
+            assert float(rows["loss"]["OrganIoU HiResCAM"]) > 0
+        assert table.markdown()
+        assert table.latex()
 
 
 def test_differences_are_of_the_same_volumes_labels_and_patients():
