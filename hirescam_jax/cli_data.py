@@ -287,6 +287,35 @@ def table(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("tables
         print(path)
 
 
+def compare(
+    run_a: tyro.conf.Positional[Path],
+    run_b: tyro.conf.Positional[Path],
+    volumes: int = 20,
+    out: Path | None = None,
+    checkpoint: Literal["best", "latest"] = "best",
+) -> None:
+    """How alike the maps of two runs are: SSIM, rank correlation and OrganIoU on the same test
+    volumes. Of trainings with two seeds: repeatability; of one on its labels and one with
+    --permute-labels: label randomisation.
+
+    Args:
+        run_a: folder of a run.
+        run_b: of another one, of the same network and data.
+        volumes: how many, a random choice.
+        out: the JSON file; default compare_RUN_B.json in the folder of run_a.
+        checkpoint: which weights.
+    """
+    from hirescam_jax.checkpoint import load_run
+    from hirescam_jax.compare import compare as run_compare
+    from hirescam_jax.compare import table, write
+
+    result = run_compare([load_run(run, checkpoint) for run in (run_a, run_b)], volumes)
+    target = out or run_a / f"compare_{run_b.resolve().name}.json"
+    write(target, result)
+    print(table(result))
+    print(target)
+
+
 def voc(
     path: tyro.conf.Positional[Path],
     weights: Path,
