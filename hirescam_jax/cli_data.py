@@ -326,6 +326,7 @@ def voc(
     train_set: str = "train",
     val_set: str = "val",
     seed: int = 0,
+    faithful: int = 20,
 ) -> None:
     """Grad-CAM against HiResCAM on PASCAL VOC 2012: train two heads on MobileNetV2 (a global
     average and a fully connected one), and measure both maps with the class masks.
@@ -340,7 +341,9 @@ def voc(
             once.
         train_set: a file of ImageSets/Segmentation, or Main/NAME for one of ImageSets/Main.
         val_set: the same; its photos are never trained on.
-        seed: of the heads' weights and of the order of the photos.
+        seed: of the heads' weights, the order of the photos and those for the thresholds.
+        faithful: insertion, deletion and ROAD on so many pairs that a head predicts; each takes
+            170 passes of the network.
     """
     from hirescam_jax.voc import run_voc
 
@@ -354,4 +357,5 @@ def voc(
         train_set=train_set,
         val_set=val_set,
         seed=seed,
+        faithful=faithful,
     )
