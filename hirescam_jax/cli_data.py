@@ -326,7 +326,7 @@ def voc(
     train_set: str = "train",
     val_set: str = "val",
     seed: int = 0,
-    faithful: int = 20,
+    faithful: int = 10,
 ) -> None:
     """Grad-CAM against HiResCAM on PASCAL VOC 2012: train two heads on MobileNetV2 (a global
     average and a fully connected one), and measure both maps with the class masks.

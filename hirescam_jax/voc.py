@@ -71,7 +71,7 @@ def run_voc(
     val_set: str = "val",
     batch_size: int = 16,
     seed: int = 0,
-    faithful: int = 20,
+    faithful: int = 10,
     backbone: MobileNetV2 | None = None,
 ) -> dict[str, Any]:
     """Trains both heads, compares their maps and writes metrics.json, voc.html and pictures.
