@@ -167,7 +167,7 @@ def run_voc(
             whole = {**start, **variables, "params": {**start["params"], **variables["params"]}}
 
             def image(photo: int) -> Array:
-                return normalized(jnp.asarray(sources["val"][photo]["image"]))
+                return normalized(jnp.asarray(sources["val"][photo]["image"])[None])
 
             figures["faithfulness"] = faithfulness(
                 model, whole, image, maps, pairs["val"], faithful, seed

@@ -31,7 +31,7 @@ def faithfulness(
 
     Args:
         variables: of the whole network.
-        images: photo number -> normalised float32 [S, S, 3].
+        images: photo number -> normalised float32 [1, S, S, 3].
 
     Returns:
         {"pairs", "maps": {map: {measure: interval over photos}}, "gain": of HiResCAM over
@@ -63,7 +63,7 @@ def faithfulness(
     pairs_of = zip(some.photo.tolist(), some.label.tolist(), maps_PM, strict=True)
     title = f"faithfulness of {model.classifier}"
     for row, (photo, label, own) in enumerate(progress(pairs_of, title, "pair", len(chosen))):
-        image = jnp.asarray(images(photo))[None]
+        image = images(photo)
         key = jax.random.key(photo)
         found = measure(variables, image, own[None], jnp.asarray(label), key)
         for name, areas in found.items():

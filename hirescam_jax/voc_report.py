@@ -86,7 +86,7 @@ def _interval(interval: dict[str, float], form: str) -> str:
     """ "0.31 (0.28, 0.34)"; "0" for a difference that is not even rounding, and without a spread
     the value alone."""
     value, low, high = (interval[name] for name in ("value", "low", "high"))
-    if "+" in form and max(abs(value), *(abs(end) for end in (low, high) if end == end)) < 5e-4:
+    if "+" in form and np.nanmax(np.abs([value, low, high])) < 5e-4:
         return "0"
     if np.isnan(low):
         return form.format(value)
