@@ -13,7 +13,17 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 from hirescam_jax.cam import Method
-from hirescam_jax.cli_data import inspect, lesions, localize, names_of, phantom, prepare, table, voc
+from hirescam_jax.cli_data import (
+    compare,
+    inspect,
+    lesions,
+    localize,
+    names_of,
+    phantom,
+    prepare,
+    table,
+    voc,
+)
 from hirescam_jax.errors import Preempted, StartError, UserError
 
 PROGRAM = "hirescam"
@@ -280,6 +290,7 @@ def explain(
 
 
 COMMANDS = {
+    "compare": compare,
     "demo": demo,
     "evaluate": evaluate,
     "explain": explain,
@@ -298,6 +309,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
   inspect    summarise a store
   train      train a model from a config
   evaluate   measure a run: predictions, calibration, maps against organs and lesions
+  compare    how alike the maps of two runs are: other seeds, permuted labels
   explain    explain CT volumes (NIfTI), or a store, with a run
   convert    PyTorch weights to a run folder, or a run to PyTorch weights
   phantom    write phantom CTs as NIfTI

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hirescam_jax import evaluate_checks
 from hirescam_jax.checkpoint import Header, Run
 from hirescam_jax.config import Config
 from hirescam_jax.errors import UserError
@@ -20,7 +21,11 @@ from hirescam_jax.evaluate import (
     predict,
     table,
 )
-from hirescam_jax.evaluate_checks import faithfulness_table, save_sanity_picture
+from hirescam_jax.evaluate_checks import (
+    chosen_volumes,
+    faithfulness_table,
+    save_sanity_picture,
+)
 from hirescam_jax.kept import Kept
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
@@ -584,7 +589,9 @@ def test_checks_of_a_run(run, tmp_path):
     """On random weights every map is a guess, but the exact one of an affine head is no bad one."""
     result = evaluate_run(run, Cases(), Cases(), faithfulness=2, sanity=2)
     faithful, sane = result["faithfulness"], result["sanity"]
-    items = [Cases()[i] for i in range(2)]
+    chosen = chosen_volumes(Cases(), 2)
+    items = [Cases()[i] for i in chosen]
+    assert (faithful["volumes"], faithful["patients"]) == (2, 2)
     assert faithful["pairs"] == sum(int(x["findings"].any(1).sum()) for x in items)
     assert list(faithful["methods"]) == list(MAP_NAMES)
     for measures in faithful["methods"].values():
@@ -606,6 +613,26 @@ def test_checks_of_a_run(run, tmp_path):
     assert (tmp_path / "sanity.png").read_bytes()[:4] == b"\x89PNG"
     lines = faithfulness_table(faithful).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == list(MAP_NAMES.values())
+
+
+def test_checks_are_on_a_random_choice_and_by_patient(run, monkeypatch):
+    class Many(Cases):
+        def __len__(self) -> int:
+            return 200
+
+    chosen = chosen_volumes(Many(), 30)
+    assert len(set(chosen)) == 30
+    assert 60 < np.mean(chosen) < 140
+    assert set(chosen_volumes(Many(), 10)) < set(chosen)
+
+    prior = np.ones((3, 2, 4, 4))
+    monkeypatch.setattr(evaluate_checks, "patients_of", lambda source: ["one"] * len(source))
+    result = evaluate_checks.faithfulness(run, Cases(), prior, 2)
+    assert result["patients"] == 1
+    for measures in result["methods"].values():
+        for name in ("insertion", "deletion", "road"):
+            assert measures[name]["value"] is not None
+            assert measures[name]["low"] is measures[name]["high"] is None
 
 
 def test_checks_on_more_volumes_than_there_are(run):
