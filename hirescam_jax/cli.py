@@ -13,7 +13,17 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 from hirescam_jax.cam import Method
-from hirescam_jax.cli_data import inspect, lesions, localize, names_of, phantom, prepare, table, voc
+from hirescam_jax.cli_data import (
+    compare,
+    inspect,
+    lesions,
+    localize,
+    names_of,
+    phantom,
+    prepare,
+    table,
+    voc,
+)
 from hirescam_jax.errors import Preempted, StartError, UserError
 
 PROGRAM = "hirescam"
@@ -34,6 +44,7 @@ def demo(out: Path = Path("hirescam_demo"), seed: int = 0) -> None:
 
 DRY_RUN = "compile the step only: FLOPs, bytes, memory, communication, the largest batch"
 REDUCED = "the same experiment, small: a narrow network on phantom CTs, a minute on two cores"
+CHECK = "do nothing if the run was made with this config; otherwise say what differs"
 PROFILE = "write a trace of so many steps to the run folder, from the third on"
 
 
@@ -61,9 +72,15 @@ def train(arguments: Sequence[str]) -> None:
         dry_run: Annotated[bool, tyro.conf.arg(help=DRY_RUN)] = False,
         memory_gib: Annotated[float, tyro.conf.arg(help="of a device, for --dry-run")] = 80.0,
         profile: Annotated[int, tyro.conf.arg(help=PROFILE)] = 0,
+        check: Annotated[bool, tyro.conf.arg(help=CHECK)] = False,
     ) -> None:
         """Train a model; every field of the config can be overridden."""
         configs.check_types(config, str(path or "command line"))
+        if check:
+            from hirescam_jax.paper import check_made_with
+
+            check_made_with(run, config)
+            return
         if dry_run:
             from hirescam_jax.costs import dry_run as text
 
@@ -150,18 +167,22 @@ def evaluate(
     run: tyro.conf.Positional[Path],
     out: Path | None = None,
     checkpoint: Literal["best", "latest"] = "best",
+    split: Literal["test", "val"] = "test",
     depth_devices: int | None = None,
     faithfulness: int = 0,
     sanity: int = 0,
 ) -> None:
-    """Measure a run on its test split: AUROC, average precision, calibration, and its maps against
-    organs and lesions, beside maps that no model made. Repeat the command to continue after an
-    interruption.
+    """Measure a run on its validation and test splits: AUROC, average precision, calibration, and
+    its maps against organs and lesions, beside maps that no model made. Repeat the command to
+    continue after an interruption.
 
     Args:
         run: folder of a run.
-        out: the JSON file; default evaluation.json in the run's folder.
+        out: the JSON file; default evaluation.json in the run's folder. Beside it go the values of
+            each volume, of which `hirescam table` makes differences between runs.
         checkpoint: which weights.
+        split: val for data without a test split (CT-RATE): the thresholds of the maps are chosen on
+            the volumes that are reported.
         depth_devices: devices that share a volume; default as in training.
         faithfulness: insertion, deletion and ROAD of the maps on so many test volumes; each takes
             hundreds of passes of the model.
@@ -177,21 +198,31 @@ def evaluate(
     from hirescam_jax.files import atomic_file
     from hirescam_jax.kept import Kept
     from hirescam_jax.train import open_data
+    from hirescam_jax.values import Values
 
     opened = load_run(run, checkpoint).on_mesh(depth_devices)
     # All runs are measured alike, however the masks of their mask loss were made.
     data = dataclasses.replace(opened.config.data, mask_method="nearest", dilate=False)
     config = dataclasses.replace(opened.config, data=data)
-    splits = [open_data(config, split, with_lesions=True) for split in ("val", "test")]
-    sizes = {name: len(split) for name, split in zip(("val", "test"), splits, strict=True)}
-    facts = {**opened.header.facts(**sizes), "step": str(opened.step)}
-    facts["content of the splits"] = str(list(map(digest_of, splits)))
+    splits = {"val": open_data(config, "val", with_lesions=True)}
+    if split == "test":
+        try:
+            splits["test"] = open_data(config, "test", with_lesions=True)
+        except UserError as error:
+            raise UserError(f"{error}; to measure the validation split: --split val") from error
+    facts = {**opened.header.facts(**{n: len(s) for n, s in splits.items()}), "format": "2"}
+    facts["step"] = str(opened.step)
+    facts["content of the splits"] = str(list(map(digest_of, splits.values())))
     distributed.agree(facts)
     target = out or run / "evaluation.json"
     kept = Kept(target.with_name(f".{target.stem}_batches"), facts)
-    result = evaluate_run(opened, *splits, faithfulness=faithfulness, sanity=sanity, kept=kept)
+    values: dict[str, Values] = {}
+    options: Any = {"faithfulness": faithfulness, "sanity": sanity, "kept": kept, "values": values}
+    result = evaluate_run(opened, splits["val"], splits.get("test"), **options)
 
     def write() -> None:
+        for name, of_split in values.items():
+            of_split.save(target.with_name(f"{target.stem}_{name}.npz"))
         with atomic_file(target) as temporary:
             temporary.write_text(json.dumps({"step": opened.step, **result}, indent=2))
         print(table(result))
@@ -273,6 +304,7 @@ def explain(
 
 
 COMMANDS = {
+    "compare": compare,
     "demo": demo,
     "evaluate": evaluate,
     "explain": explain,
@@ -291,6 +323,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
   inspect    summarise a store
   train      train a model from a config
   evaluate   measure a run: predictions, calibration, maps against organs and lesions
+  compare    how alike the maps of two runs are: other seeds, permuted labels
   explain    explain CT volumes (NIfTI), or a store, with a run
   convert    PyTorch weights to a run folder or to Flax variables, and back
   phantom    write phantom CTs as NIfTI

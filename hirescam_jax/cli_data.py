@@ -270,21 +270,56 @@ def localize(
         print(out)
 
 
-def table(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("tables")) -> None:
-    """Turn the evaluations of runs (`hirescam evaluate RUN`) into tables of models, labels and
-    organs, each as CSV, Markdown and LaTeX.
+def table(
+    runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("tables"), against: str = ""
+) -> None:
+    """Turn the evaluations of runs (`hirescam evaluate RUN`) into tables of models, labels, organs
+    and lesions, of test and validation split, and of the differences between the runs, each as CSV,
+    Markdown and LaTeX.
 
     Args:
         runs: folders of runs, in the order of the rows.
         out: folder of the tables.
+        against: name of the run that the others are compared with; default the first.
     """
-    from hirescam_jax.table import read_evaluations, tables, write_tables
+    from hirescam_jax.table import all_tables, write_tables
 
-    evaluations = read_evaluations(runs)
-    paths = write_tables(evaluations, out)
-    print(tables(evaluations)["models"].markdown())
+    built = all_tables(runs, against)
+    paths = write_tables(built, out)
+    for name in ("models", "masks", "differences"):
+        if name in built:
+            print(built[name].markdown())
     for path in paths:
         print(path)
+
+
+def compare(
+    run_a: tyro.conf.Positional[Path],
+    run_b: tyro.conf.Positional[Path],
+    volumes: int = 20,
+    out: Path | None = None,
+    checkpoint: Literal["best", "latest"] = "best",
+) -> None:
+    """How alike the maps of two runs are: SSIM, rank correlation and OrganIoU on the same test
+    volumes. Of trainings with two seeds: repeatability; of one on its labels and one with
+    --permute-labels: label randomisation.
+
+    Args:
+        run_a: folder of a run.
+        run_b: of another one, of the same network and data.
+        volumes: how many, a random choice.
+        out: the JSON file; default compare_RUN_B.json in the folder of run_a.
+        checkpoint: which weights.
+    """
+    from hirescam_jax.checkpoint import load_run
+    from hirescam_jax.compare import compare as run_compare
+    from hirescam_jax.compare import table, write
+
+    result = run_compare([load_run(run, checkpoint) for run in (run_a, run_b)], volumes)
+    target = out or run_a / f"compare_{run_b.resolve().name}.json"
+    write(target, result)
+    print(table(result))
+    print(target)
 
 
 def voc(
@@ -297,6 +332,7 @@ def voc(
     train_set: str = "train",
     val_set: str = "val",
     seed: int = 0,
+    faithful: int = 10,
 ) -> None:
     """Grad-CAM against HiResCAM on PASCAL VOC 2012: train two heads on MobileNetV2 (a global
     average and a fully connected one), and measure both maps with the class masks.
@@ -311,7 +347,9 @@ def voc(
             once.
         train_set: a file of ImageSets/Segmentation, or Main/NAME for one of ImageSets/Main.
         val_set: the same; its photos are never trained on.
-        seed: of the heads' weights and of the order of the photos.
+        seed: of the heads' weights, the order of the photos and those for the thresholds.
+        faithful: insertion, deletion and ROAD on so many pairs that a head predicts; each takes
+            170 passes of the network.
     """
     from hirescam_jax.voc import run_voc
 
@@ -325,4 +363,5 @@ def voc(
         train_set=train_set,
         val_set=val_set,
         seed=seed,
+        faithful=faithful,
     )

@@ -98,6 +98,10 @@ class Config:
         seed: of the initial weights, the order of the data and the augmentation.
         weights: start from this file (.pth, .safetensors), of a whole model, or of a ResNet as in
             torchvision for the backbone, with the rest at random. Not needed to resume.
+        permute_labels: train on findings that are shuffled between patients, by `seed`: a check of
+            maps, which should look like nothing then (`hirescam compare`). The validation keeps its
+            own, and its loss hardly falls: give `patience` as many epochs as you train, and compare
+            the latest checkpoint.
     """
 
     model: AxialNet | Conv3DNet | BodyConv | CTNet = AxialNet()
@@ -115,6 +119,7 @@ class Config:
     workers: int = 0
     seed: int = 0
     weights: str = ""
+    permute_labels: bool = False
 
 
 def load_config(path: Path) -> Config:

@@ -97,10 +97,7 @@ def demo(out: Path, config: Config | None = None) -> dict[str, Any]:
     patients = Phantom(config.data.phantom, "test", config.data.test_size, (1, 1, 1))
     write_report(out / "report.html", Comparison(runs, evaluations, metrics, patients))
     print(summary_table(evaluations))
-    print(
-        f"OrganIoU by HiResCAM {metrics['organ_iou_gain']:+.0%} with the mask loss, "
-        f"AUROC {metrics['mask_loss']['auroc'] - metrics['baseline']['auroc']:+.3f}"
-    )
+    print(gain_line(metrics))
     print(f"{out / 'report.html'}")
     return metrics
 
@@ -124,9 +121,18 @@ def summary(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "organ_iou": {m: r["mean"]["value"] for m, r in result["organ_iou"].items()},
         }
     before, after = (metrics[name]["organ_iou"]["hirescam"] for name in VARIANTS)
-    metrics["organ_iou_gain"] = after / before - 1
+    known = bool(before) and after is not None
+    metrics["organ_iou_gain"] = after / before - 1 if known else None
     metrics["jax"] = jax.__version__
     return metrics
+
+
+def gain_line(metrics: dict[str, Any]) -> str:
+    """What the mask loss gains, and what it costs."""
+    gain, aurocs = metrics["organ_iou_gain"], [metrics[name]["auroc"] for name in VARIANTS]
+    text = "cannot be compared" if gain is None else f"{gain:+.0%}"
+    cost = "cannot be compared" if None in aurocs else f"{aurocs[1] - aurocs[0]:+.3f}"
+    return f"OrganIoU by HiResCAM {text} with the mask loss, AUROC {cost}"
 
 
 def summary_table(evaluations: dict[str, dict[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """Evaluation: how well a run predicts and where it looks, volume by volume, on all devices."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from functools import cache, partial
@@ -9,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from hirescam_jax import sharding
-from hirescam_jax.cam import METHODS, OVER_GRID, normalize_map
+from hirescam_jax.cam import METHODS, OVER_GRID, model_verdict, normalize_map
 from hirescam_jax.checkpoint import Run
 from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config
-from hirescam_jax.data.pipeline import Source, eval_batches, patients_of
+from hirescam_jax.data.pipeline import Source, digest_of, eval_batches, patients_of
 from hirescam_jax.errors import UserError
 from hirescam_jax.kept import Kept
 from hirescam_jax.losses import allowed_of, labels_of
@@ -36,14 +37,9 @@ from hirescam_jax.metrics import (
 from hirescam_jax.progress import progress
 from hirescam_jax.sharding import DATA, DEPTH, Layout
 from hirescam_jax.step import open_layout
-from hirescam_jax.summary import (
-    Predictions,
-    aligned,
-    choose_thresholds,
-    evaluate,
-    interval_text,
-    table,
-)
+from hirescam_jax.summary import Predictions, choose_thresholds, evaluate
+from hirescam_jax.summary_text import aligned, interval_text, table
+from hirescam_jax.values import Values
 
 __all__ = [
     "Predictions",
@@ -66,9 +62,9 @@ CHUNK_CELLS = 2**25  # of masks that are held at once
 def predict_step(
     variables: Any, batch: dict[str, Array], *, config: Config, layout: Layout
 ) -> dict[str, Any]:
-    """Logits, labels and OrganIoU of both map methods for a batch, in one program; with what is
-    needed to measure more afterwards: the masks, and the maps where there are lesions. Of a model
-    whose maps have no slices (CTNet) there are no maps."""
+    """Logits, labels, the sum of each HiResCAM map and OrganIoU of both map methods for a batch, in
+    one program; with what is needed to measure more afterwards: the masks, and the maps where there
+    are lesions. Of a model whose maps have no slices (CTNet) there are no maps."""
     methods = EVALUATED if config.model.depth_unit is not None else ()
     options: Any = {"config": config, "layout": layout, "methods": methods}
     logits, maps = explain_step(variables, batch["volume"], **options)
@@ -82,6 +78,7 @@ def predict_step(
             name: organ_iou(normalize_map(map_BKdhw), allowed, ORGAN_IOU_THRESHOLDS)
             for name, map_BKdhw in maps.items()
         },
+        "totals": {n: m.sum(axis=(2, 3, 4)) for n, m in maps.items() if n == "hirescam"},
         "masks": masks,
         "maps": maps if "lesions" in masks else {},
     }
@@ -168,6 +165,19 @@ def explain_step(
     return logits, {name: map_BKdhw[:, :, : layout.cells] for name, map_BKdhw in maps.items()}
 
 
+def head_bias(run: Run) -> Float[np.ndarray, " K"]:
+    """The head's output on all-zero features, from which completeness residuals are counted."""
+
+    @jax.jit
+    def program(variables: Any) -> Array:
+        volume = jax.ShapeDtypeStruct((1, *run.shape), jnp.float32)
+        features = jax.eval_shape(partial(run.model.apply, method="features"), variables, volume)
+        zeros = jnp.zeros(features.shape, jnp.float32)
+        return run.model.apply(variables, zeros, method="head")[0]
+
+    return np.asarray(program(run.variables), np.float32)
+
+
 @cache
 def _predict_program(config: Config, layout: Layout) -> Any:
     program = partial(predict_step, config=config, layout=layout)
@@ -213,8 +223,16 @@ def predict(
     results = [result["volumes"] for result in results]
     whole = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(source)], *results)
     labels, findings = whole["labels"], whole["findings"]
+    wrong = np.argwhere(~np.isfinite(whole["logits"]))
+    if len(wrong):
+        n, k = wrong[0]
+        raise UserError(
+            f"{run.path}: at step {run.step} the score of '{run.labels[k]}' in volume {n} of the "
+            f"{title} is {whole['logits'][n, k]}: train it again, or take another --checkpoint"
+        )
     if config.model.depth_unit is None:  # no maps in the body, and no organs to compare them with
         return Predictions(whole["logits"], labels, {}, None, findings, None)
+    residuals = np.abs(whole["totals"]["hirescam"] + head_bias(run) - whole["logits"])
     pairs = np.argwhere(labels)
     maps = np.concatenate(maps) if maps else None
 
@@ -256,7 +274,7 @@ def predict(
     if not len(pairs):
         nothing = np.full_like(next(iter(iou.values())), np.nan)
         iou |= dict.fromkeys(BASELINES, nothing)
-        return Predictions(whole["logits"], labels, iou, None, findings, prior)
+        return Predictions(whole["logits"], labels, iou, None, findings, prior, residuals)
     for row, name in enumerate(BASELINES):
         iou[name] = of_all(of_pairs["organ_iou"][:, row])
     lesions = None
@@ -265,7 +283,7 @@ def predict(
             name: {key: of_all(v[:, row]) for key, v in of_pairs.items() if key != "organ_iou"}
             for row, name in enumerate(methods)
         }
-    return Predictions(whole["logits"], labels, iou, lesions, findings, prior)
+    return Predictions(whole["logits"], labels, iou, lesions, findings, prior, residuals)
 
 
 def _allowed(findings: np.ndarray, regions: np.ndarray) -> np.ndarray:
@@ -278,48 +296,88 @@ def _allowed(findings: np.ndarray, regions: np.ndarray) -> np.ndarray:
 def evaluate_run(
     run: Run,
     validation: Source,
-    test: Source,
+    test: Source | None,
     *,
     faithfulness: int = 0,
     sanity: int = 0,
     kept: Kept | None = None,
+    values: dict[str, Values] | None = None,
 ) -> dict[str, Any]:
-    """`evaluate` of a run on two opened splits.
+    """`evaluate` of a run on opened splits.
 
     Args:
+        test: None where the data has no test split.
         kept: continue from these results.
         faithfulness, sanity: do these checks (`hirescam_jax.evaluate_checks`) on so many test
             volumes.
+        values: to be filled with the values of each volume, by split.
+
+    Returns:
+        What `evaluate` returns, of the test split, and beside it
+        "split": "test", or "validation" without one;
+        "content": a digest of the split's volumes, the same for runs that can be compared;
+        "head": {"kind", "text": of its `head_verdict`, "maps": {method: {"holds": whether its maps
+            account for the score, "text"}}};
+        "validation": what `evaluate` returns, and "content", of the validation split. Its
+            thresholds are chosen on the same maps, so that its OrganIoU is in-sample. Not with
+            "split": "validation", where this holds for the whole.
+        "faithfulness", "sanity": where asked for.
 
     Raises:
-        UserError: the data's labels are not those of the run, or checks on more volumes than the
-            test split has.
+        UserError: the data's labels are not those of the run, scores that are not finite numbers,
+            or checks on more volumes than the test split has.
     """
-    for source in (validation, test):
+    splits = {"validation": validation} | ({"test": test} if test is not None else {})
+    main = "test" if test is not None else "validation"
+    for source in splits.values():
         if tuple(source.labels) != run.labels:
             raise UserError(f"{run.path}: trained on labels {run.labels}, data has {source.labels}")
     for name, number in (("faithfulness", faithfulness), ("sanity", sanity)):
-        if not 0 <= number <= len(test):
+        size = len(splits[main])
+        if not 0 <= number <= size:
             raise UserError(
-                f"--{name} {number}: the test split has {len(test)} volumes: give at most as many"
+                f"--{name} {number}: the {main} split has {size} volumes: give at most as many"
             )
         if number and run.model.depth_unit is None:
             raise UserError(f"--{name}: {type(run.model).__name__} has no maps in the body")
-    on_validation = predict(run, validation, "validation split", kept=kept)
-    on_test = predict(run, test, "test split", on_validation.prior, kept)
-    result = evaluate(
-        run.labels,
-        on_validation,
-        on_test,
-        regions=run.header.regions,
-        patients=patients_of(test),
-    )
+    found: dict[str, Predictions] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for split, source in splits.items():
+        prior = found["validation"].prior if found else None
+        found[split] = predict(run, source, f"{split} split", prior, kept)
+    for split, source in splits.items():
+        patients = patients_of(source)
+        content = content_of(source, found[split])
+        both = found["validation"], found[split]
+        measures = evaluate(run.labels, *both, regions=run.header.regions, patients=patients)
+        results[split] = {"content": content, **measures}
+        if values is not None:
+            values[split] = Values.of(run.labels, *both, patients, content)
+    result = {"split": main, "head": _head(run), **results[main]}
+    if test is not None:
+        result["validation"] = results["validation"]
     if faithfulness or sanity:
         from hirescam_jax import evaluate_checks
 
+        source = splits[main]
         if faithfulness:
-            prior = np.asarray(on_validation.prior)
-            result["faithfulness"] = evaluate_checks.faithfulness(run, test, prior, faithfulness)
+            prior = np.asarray(found["validation"].prior)
+            result["faithfulness"] = evaluate_checks.faithfulness(run, source, prior, faithfulness)
         if sanity:
-            result["sanity"] = evaluate_checks.sanity(run, test, sanity)
+            result["sanity"] = evaluate_checks.sanity(run, source, sanity)
     return result
+
+
+def content_of(source: Source, found: Predictions) -> str:
+    """A digest of what a split's volumes are: their names and voxels, where the source has a digest
+    of them, and else their findings."""
+    own = digest_of(source).encode() or np.ascontiguousarray(found.findings).tobytes()
+    return hashlib.sha256(own).hexdigest()[:16]
+
+
+def _head(run: Run) -> dict[str, Any]:
+    verdict = model_verdict(run.model, run.variables, (1, *run.shape))
+    maps = {
+        name: {"holds": verdict.holds_for(name), "text": verdict.short(name)} for name in EVALUATED
+    }
+    return {"kind": verdict.kind, "text": verdict.text, "maps": maps}

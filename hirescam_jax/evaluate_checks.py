@@ -1,6 +1,7 @@
 """Checks of a run's maps that take many passes of the model: faithfulness and sanity.
 
-They look at whole volumes, one or a few at a time, on one device of each process.
+They look at whole volumes, one or a few at a time, on one device of each process. Of a split they
+take a random choice of volumes that is always the same; intervals are by patient.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from hirescam_jax.cam import METHODS
 from hirescam_jax.checkpoint import Run
 from hirescam_jax.compiling import compiler_options
-from hirescam_jax.data.pipeline import Source, make_batch
+from hirescam_jax.data.pipeline import Source, make_batch, patients_of
 from hirescam_jax.evaluate import EVALUATED, baseline_maps
 from hirescam_jax.files import atomic_file
 from hirescam_jax.metrics import (
@@ -34,7 +35,7 @@ from hirescam_jax.metrics import (
     similarity,
 )
 from hirescam_jax.progress import progress
-from hirescam_jax.summary import MAP_NAMES, aligned, interval_text, map_name
+from hirescam_jax.summary_text import MAP_NAMES, aligned, interval_text, map_name
 
 STEPS = 16  # of the insertion and deletion curves
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the cells that ROAD removes
@@ -42,9 +43,21 @@ BLUR = 1 / 16  # of the largest axis: standard deviation of where insertion star
 MEASURES = {"insertion": "insertion", "deletion": "deletion", "road": "ROAD"}
 
 
+def chosen_volumes(source: Source, count: int) -> np.ndarray:
+    """Numbers of `count` volumes of a split, a random choice that a larger count adds to."""
+    return np.sort(np.random.default_rng(0).permutation(len(source))[:count])
+
+
+def groups_of(source: Source) -> np.ndarray:
+    """The patient of each volume, for `bootstrap`; its own number where a data set has one volume a
+    patient."""
+    patients = patients_of(source)
+    return np.arange(len(source)) if patients is None else np.array(patients)
+
+
 def faithfulness(run: Run, source: Source, prior: np.ndarray, count: int) -> dict[str, Any]:
-    """Insertion, deletion and ROAD of the run's maps and of the baselines, on the first `count`
-    volumes, for every label that a volume truly has.
+    """Insertion, deletion and ROAD of the run's maps and of the baselines, on `count` volumes
+    (`chosen_volumes`), for every label that a volume truly has.
 
     Deletion fills with the volume's mean; insertion starts from the blurred volume.
 
@@ -52,11 +65,11 @@ def faithfulness(run: Run, source: Source, prior: np.ndarray, count: int) -> dic
         prior: the organ prior [K, d, h, w].
 
     Returns:
-        {"volumes", "pairs" of volume and label, "steps", "fractions" that ROAD removes,
+        {"volumes", "patients", "pairs" of volume and label, "steps", "fractions" that ROAD removes,
         "blur_voxels", "methods": {method: {"insertion", "deletion" (areas), "road" (combined):
         interval; "insertion_curve", "deletion_curve": means at 0, 1 / steps, ... 1 of the cells;
-        "road_most_first", "road_least_first": means at `fractions`}}}; methods and intervals (over
-        volumes) as in `evaluate`, null where no volume has a finding.
+        "road_most_first", "road_least_first": means at `fractions`}}}; methods and intervals as in
+        `evaluate`, null where no volume has a finding.
     """
     model: Any = run.model
     sigma = BLUR * max(source.shape)
@@ -65,13 +78,14 @@ def faithfulness(run: Run, source: Source, prior: np.ndarray, count: int) -> dic
         return model.apply(variables, volumes)
 
     @partial(jax.jit, compiler_options=compiler_options())
-    def measured(variables: Any, volume: Array, maps: Array, label: Array) -> dict[str, Array]:
+    def measured(
+        variables: Any, volume: Array, maps: Array, label: Array, key: Array
+    ) -> dict[str, Array]:
         score = Partial(logits, variables)
-        options = {"labels": label[None], "chunk": 8}
+        options = {"labels": label[None], "chunk": 8, "key": key}
         taken = deletion(score, volume, maps, fill=volume.mean(), steps=STEPS, **options)
         put = insertion(score, volume, maps, start=blur(volume, sigma, 3), steps=STEPS, **options)
-        key = jax.random.key(0)
-        removed = road(score, volume, maps, key=key, fractions=FRACTIONS, **options)
+        removed = road(score, volume, maps, fractions=FRACTIONS, **options)
         parts = {
             "insertion": put.area,
             "deletion": taken.area,
@@ -83,11 +97,14 @@ def faithfulness(run: Run, source: Source, prior: np.ndarray, count: int) -> dic
         }
         return {name: value[0, 0] for name, value in parts.items()}
 
-    maps_of = _maps_program(run)
+    maps_of = maps_program(run)
     variables = jax.device_put(run.variables)
     found: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in MAP_NAMES}
-    volumes, numbers = [], np.arange(len(run.labels))[None]
-    for index in progress(range(count), "faithfulness", "volume"):
+    volumes: list[int] = []
+    numbers = np.arange(len(run.labels))[None]
+    chosen = chosen_volumes(source, count)
+    for index in progress(chosen.tolist(), "faithfulness", "volume"):
+        key = jax.random.key(index)
         batch = make_batch(source, [index])
         volume = run.normalize(jnp.asarray(batch["volume"]))
         maps = maps_of(variables, volume)
@@ -96,27 +113,28 @@ def faithfulness(run: Run, source: Source, prior: np.ndarray, count: int) -> dic
         for label in np.flatnonzero(batch["findings"][0].any(axis=-1)):
             volumes.append(index)
             for name, maps_BK in maps.items():
-                one = measured(variables, volume, maps_BK[:, label][:, None], jnp.asarray(label))
-                known = bool(jnp.isfinite(maps_BK[0, label]).all())  # a prior may be missing
-                one = {n: np.asarray(v) if known else v * np.nan for n, v in one.items()}
-                found[name].append(one)
+                # A prior may be missing: NaN, as all of its measures then are.
+                map_ = maps_BK[:, label][:, None]
+                found[name].append(measured(variables, volume, map_, jnp.asarray(label), key))
+    patients = groups_of(source)
     return {
         "volumes": count,
+        "patients": len(np.unique(patients[chosen])),
         "pairs": len(volumes),
         "steps": STEPS,
         "fractions": list(FRACTIONS),
         "blur_voxels": sigma,
-        "methods": {name: _means(pairs, np.array(volumes)) for name, pairs in found.items()},
+        "methods": {name: _means(pairs, patients[volumes]) for name, pairs in found.items()},
     }
 
 
-def _means(pairs: list[dict[str, np.ndarray]], volumes: np.ndarray) -> dict[str, Any]:
-    """Means over pairs of volume and label, the volumes drawn for the intervals."""
+def _means(pairs: list[dict[str, Any]], groups: np.ndarray) -> dict[str, Any]:
+    """Means over pairs of volume and label, the patients drawn for the intervals."""
     if not pairs:
         return {name: {"value": None, "low": None, "high": None} for name in MEASURES}
     stacked = {name: np.stack([pair[name] for pair in pairs]) for name in pairs[0]}
     columns = np.stack([stacked[name] for name in MEASURES], axis=-1)
-    drawn = bootstrap(lambda cases: nan_mean(columns[cases], axis=1), len(pairs), groups=volumes)
+    drawn = bootstrap(lambda cases: nan_mean(columns[cases], axis=1), len(pairs), groups=groups)
     result: dict[str, Any] = {}
     for name, *interval in zip(MEASURES, *drawn, strict=True):
         named = zip(("value", "low", "high"), interval, strict=True)
@@ -128,21 +146,23 @@ def _means(pairs: list[dict[str, np.ndarray]], volumes: np.ndarray) -> dict[str,
 
 
 def sanity(run: Run, source: Source, count: int) -> dict[str, Any]:
-    """Cascading randomisation on the first `count` volumes, all labels: how alike the maps stay to
-    those of the trained network while its layers are made as new, from the output back.
+    """Cascading randomisation on `count` volumes (`chosen_volumes`), all labels: how alike the maps
+    stay to those of the trained network while its layers are made as new, from the output back.
 
     Returns:
         {"volumes", "layers": names in their order, "methods": {method: {"ssim", "spearman",
         "spearman_absolute": mean after each layer, null where nothing is defined}}}.
     """
     model: Any = run.model
-    volumes = run.normalize(jnp.asarray(make_batch(source, range(count))["volume"]))
+    volumes = run.normalize(
+        jnp.asarray(make_batch(source, chosen_volumes(source, count))["volume"])
+    )
     variables = jax.device_put(run.variables)
     fresh = jax.jit(model.init)(jax.random.key(run.config.seed + 1), volumes[:1])
     # A restored tree may have an empty collection more, or be of other containers.
     fresh = jax.tree.unflatten(jax.tree.structure(variables), jax.tree.leaves(fresh))
     layers = layer_order(model.apply, variables, volumes[:1])
-    program = _maps_program(run)
+    program = maps_program(run)
     compare = jax.jit(similarity)
 
     def maps_of(variables: Any) -> dict[str, Array]:
@@ -161,7 +181,7 @@ def sanity(run: Run, source: Source, count: int) -> dict[str, Any]:
     return {"volumes": count, "layers": layers, "methods": methods}
 
 
-def _maps_program(run: Run) -> Callable[[Any, Array], dict[str, Array]]:
+def maps_program(run: Run) -> Callable[[Any, Array], dict[str, Array]]:
     """(variables, volumes [B, D, H, W]) -> raw maps [B, K, d, h, w] by method."""
     model: Any = run.model
 
@@ -175,7 +195,8 @@ def _maps_program(run: Run) -> Callable[[Any, Array], dict[str, Array]]:
 
 
 def faithfulness_table(result: dict[str, Any]) -> str:
-    rows = [[f"{result['pairs']} findings in {result['volumes']} volumes", *MEASURES.values()]]
+    of = f"{result['volumes']} volumes of {result['patients']} patients"
+    rows = [[f"{result['pairs']} findings in {of}", *MEASURES.values()]]
     rows[0][2] += " (low is good)"
     for name, measures in result["methods"].items():
         cells = [interval_text(measures[key]) for key in MEASURES]

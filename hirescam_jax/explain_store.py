@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from hirescam_jax import distributed, sharding
 from hirescam_jax.cam import Method
@@ -27,7 +27,7 @@ from hirescam_jax.data.pipeline import eval_batches
 from hirescam_jax.data.store import Store
 from hirescam_jax.data.volume import write_nifti
 from hirescam_jax.errors import UserError
-from hirescam_jax.evaluate import explain_step
+from hirescam_jax.evaluate import explain_step, head_bias
 from hirescam_jax.explain_files import (
     atomic_folder,
     label_indices,
@@ -293,19 +293,6 @@ def explain_program(
 
     split = NamedSharding(layout.mesh, PartitionSpec(DATA))
     return jax.jit(program, out_shardings=split, compiler_options=compiler_options())
-
-
-def head_bias(run: Run) -> Float[np.ndarray, " K"]:
-    """The head's output on all-zero features, of which `residuals` are counted."""
-
-    @jax.jit
-    def program(variables: Any) -> Array:
-        volume = jax.ShapeDtypeStruct((1, *run.shape), jnp.float32)
-        features = jax.eval_shape(partial(run.model.apply, method="features"), variables, volume)
-        zeros = jnp.zeros(features.shape, jnp.float32)
-        return run.model.apply(variables, zeros, method="head")[0]
-
-    return np.asarray(program(run.variables), np.float32)
 
 
 def own_rows(*arrays: Array) -> Iterator[tuple[Any, ...]]:

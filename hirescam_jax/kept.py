@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
 from hirescam_jax import distributed
 from hirescam_jax.errors import UserError
@@ -53,10 +53,13 @@ class Kept:
         return [self._read(split, number) for number in range(distributed.on_first(count))]
 
     def save(self, split: str, number: int, result: dict[str, Any]) -> None:
-        """Keeps a batch's result: arrays, also in dicts within."""
+        """Keeps a batch's result: arrays, also in dicts within, which may be empty."""
         if jax.process_index() > 0:
             return
-        arrays: Any = flatten_dict(result, sep="/")
+        whole: Any = flatten_dict(result, sep="/", keep_empty_nodes=True)
+        # A dict without entries, such as the maps of a model without any, is an array named "x/".
+        arrays: dict[str, Any] = {n: v for n, v in whole.items() if v is not empty_node}
+        arrays |= {f"{n}/": np.zeros(0) for n, v in whole.items() if v is empty_node}
         with atomic_file(self._file(split, number)) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
@@ -70,7 +73,9 @@ class Kept:
     def _read(self, split: str, number: int) -> dict[str, Any]:
         try:
             with np.load(self._file(split, number), allow_pickle=False) as arrays:
-                return unflatten_dict({name: arrays[name] for name in arrays.files}, sep="/")
+                names = [n for n in arrays.files if not n.endswith("/")]
+                empty = {n[:-1]: {} for n in arrays.files if n.endswith("/")}
+                return unflatten_dict({**{n: arrays[n] for n in names}, **empty}, sep="/")
         except FileNotFoundError as error:
             raise UserError(
                 f"{self._file(split, number)}: not seen by all processes: choose an output on "

@@ -6,16 +6,21 @@ experiment small enough for a laptop.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from hirescam_jax.config import Adam, Config, PhantomData, StoreData
 from hirescam_jax.data.phantom import PhantomConfig
+from hirescam_jax.errors import UserError
 from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet
 from hirescam_jax.preprocess import Preprocess
+from hirescam_jax.run import Header
 
 # Table 1 and the comparison of mask sizes use a part of the data.
 SMALL_TRAIN, SMALL_VAL = 2000, 1000
 STORE = "prepared"
+# What tells where and how often a run is computed and saved, not what comes out.
+ANY = ("workers", "depth_devices", "save_steps")
 # What torchvision calls ResNet18_Weights.IMAGENET1K_V1; looked for in the working folder.
 IMAGENET = "resnet18-f37072fd.pth"
 
@@ -60,6 +65,23 @@ def reduced(config: Config) -> Config:
         batch_size=8,
         epochs=10,
     )
+
+
+def check_made_with(run: Path, config: Config) -> None:
+    """Raises UserError if a run was made with another config: it does not belong into one table
+    with runs of this one. How many labels there are, the data says."""
+    saved = Header.read(run).config
+    model: Any = config.model
+    wanted = dataclasses.replace(config, model=model.clone(num_labels=saved.model.num_labels))
+    for spec in dataclasses.fields(Config):
+        before, now = (getattr(c, spec.name) for c in (saved, wanted))
+        if spec.name not in ANY and before != now:
+            texts = (" ".join(repr(value).split()) for value in (before, now))
+            made, asked = (text if len(text) < 60 else text[:57] + "..." for text in texts)
+            raise UserError(
+                f"{run}: was made with another config.{spec.name} ({made}, not {asked}): give the "
+                "options that it was made with, or choose another folder"
+            )
 
 
 def _narrow(model: Any) -> tuple[Any, tuple[int, int, int]]:

@@ -19,7 +19,7 @@ from hirescam_jax.checkpoint import Run
 from hirescam_jax.data.phantom import Phantom, PhantomCase, PhantomConfig
 from hirescam_jax.files import atomic_file
 from hirescam_jax.pictures import METHOD_NAMES, WINDOW_HU, overlay_colors
-from hirescam_jax.summary import MAP_NAMES
+from hirescam_jax.summary_text import MAP_NAMES
 
 TITLES = {"baseline": "without mask loss", "mask_loss": "with mask loss"}
 COLORS = {"baseline": "#8a8f98", "mask_loss": "#0b6e99"}

@@ -1,4 +1,4 @@
-"""From the measures of each volume to what is reported: thresholds, means, intervals, tables."""
+"""From the measures of each volume to what is reported: thresholds, means, intervals."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,35 +9,26 @@ from scipy.special import expit
 
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
-    auroc,
-    average_precision,
+    CalibrationError,
     best_threshold,
     bin_of,
-    bootstrap,
+    calibration_error_of_bins,
     delong,
-    nan_mean,
     reliability,
+)
+from hirescam_jax.resampling import (
+    MIN_GROUPS,
+    Resampled,
+    draws,
+    group_numbers,
+    groups_in,
+    intervals,
+    mean_of,
+    resampled_means,
+    resampled_ranks,
 )
 
 BINS = 10  # of equal width, for the calibration
-
-# As tables call them. The first two are maps of the model.
-MAP_NAMES = {
-    "hirescam": "HiResCAM",
-    "gradcam": "Grad-CAM",
-    "organ_prior": "organ prior",
-    "centre_blob": "centre blob",
-    "random": "random map",
-}
-LESION_MEASURES = {
-    "iou": "IoU",
-    "dice": "Dice",
-    "otsu_iou": "IoU (Otsu)",
-    "pointing": "pointing",
-    "energy": "energy",
-    "rank_accuracy": "ranks",
-    "average_precision": "AP",
-}
 
 
 class Predictions(NamedTuple):
@@ -48,6 +39,7 @@ class Predictions(NamedTuple):
         where the data has no lesions.
     findings: [N, K, R], label k found in region r.
     prior: [K, d, h, w], the organ prior that was measured, NaN for labels without one.
+    residuals: [N, K], completeness residuals of the HiResCAM maps.
     """
 
     logits: Float[np.ndarray, "N K"]
@@ -56,12 +48,55 @@ class Predictions(NamedTuple):
     lesions: dict[str, dict[str, np.ndarray]] | None = None
     findings: np.ndarray | None = None
     prior: np.ndarray | None = None
+    residuals: np.ndarray | None = None
+
+
+class Measured(NamedTuple):
+    """Measures of maps at the chosen thresholds.
+
+    thresholds: by method, or (method, "iou") against lesions, then by label; None for a label
+        without a measured map in the validation split.
+    values: by method, or (method, measure) against lesions, [N, K]; NaN where not defined.
+    """
+
+    thresholds: dict[Any, dict[str, float | None]]
+    values: dict[Any, Float[np.ndarray, "N K"]]
 
 
 def choose_thresholds(validation: Predictions) -> dict[str, np.ndarray]:
-    """Per method and label the index of the threshold with the best mean OrganIoU; the first where
-    the label never occurs."""
-    return {name: best_threshold(iou_NKT) for name, iou_NKT in validation.organ_iou.items()}
+    """Per method and label the index of the threshold with the best mean OrganIoU; -1 where the
+    validation split has no map of the label to measure."""
+    return {name: _best(iou_NKT) for name, iou_NKT in validation.organ_iou.items()}
+
+
+def _best(scores_NKT: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(best_threshold(scores_NKT), nan=-1).astype(int)
+
+
+def at_thresholds(labels: Sequence[str], validation: Predictions, test: Predictions) -> Measured:
+    """The measures of each volume and label of `test` at the thresholds that are best on
+    `validation`."""
+    found = Measured({}, {})
+
+    def at_best(key: Any, chosen: np.ndarray, on_test: np.ndarray) -> np.ndarray:
+        numbers = ORGAN_IOU_THRESHOLDS[chosen].tolist()
+        found.thresholds[key] = {
+            label: number if index >= 0 else None
+            for label, number, index in zip(labels, numbers, chosen, strict=True)
+        }
+        values = np.take_along_axis(on_test, np.maximum(chosen, 0)[None, :, None], axis=2)[..., 0]
+        return np.where(chosen >= 0, values, np.nan)
+
+    for name, chosen in choose_thresholds(validation).items():
+        found.values[name] = at_best(name, chosen, test.organ_iou[name])
+    if test.lesions is None or validation.lesions is None:
+        return found
+    for name, of_map in test.lesions.items():
+        iou = at_best((name, "iou"), _best(validation.lesions[name]["iou"]), of_map["iou"])
+        dice = {"dice": _dice(iou), "otsu_dice": _dice(of_map["otsu_iou"])}
+        measures = {**of_map, "iou": iou, **dice}
+        found.values.update({(name, key): value for key, value in measures.items()})
+    return found
 
 
 def evaluate(
@@ -78,10 +113,16 @@ def evaluate(
 
     Maps are binarised at the threshold that was best on the validation split, per label and
     method, frozen for the test; measures of maps are over the volumes in which the label is truly
-    present. What is not defined is null (a label without positives: all of its measures; one
-    without negatives: AUROC), and left out of means, which say over how many labels they are.
+    present. What is not defined is null: of a label without positives all of its measures, of one
+    without negatives AUROC, of one without a threshold OrganIoU.
+
+    A mean is over the labels that are defined and have two positive patients (and, for AUROC, two
+    negative ones), with fewer of which there is no interval either. It is over the same labels in
+    all resamples: in one that happens to have no positive of a label, the label keeps its value on
+    all volumes.
 
     Args:
+        validation: may be `test` itself: then the measures of maps are in-sample.
         regions: names of the findings' regions, for the breakdown by organ.
         patients: of each test volume; all volumes of a patient are drawn together. By default each
             volume stands alone.
@@ -92,135 +133,172 @@ def evaluate(
         interval}} with one entry for every label.
 
         "volumes": of the test split. "patients": how many were resampled.
+        "positives": {label: volumes}.
         "auroc": a measure, and "delong": {label: {"low", "high", "standard_error"}}: intervals by
-            DeLong's variance, which takes volumes as independent.
+            DeLong's variance, by patient.
         "average_precision": a measure.
         "calibration": {"bins": M, "expected_calibration_error": measure, "brier": measure,
             "reliability": {label: {"count", "probability", "frequency"}}}: lists of M bins of equal
-            width over [0, 1], null in empty bins.
-        "organ_iou": {method: a measure, and "thresholds": {label: number}, and "regions": {region:
-            interval and "pairs"}}: by the region in which the finding is, over so many pairs of
-            volume and label; {} without `regions`. Methods: "hirescam" and "gradcam", then the
-            baselines "organ_prior", "centre_blob", "random" (`hirescam_jax.metrics.baselines`).
+            width over [0, 1], null in empty bins. The error is debiased
+            (`hirescam_jax.metrics.calibration_error_of_bins`), with the plain one under "plug_in":
+            {label: number or null}.
+        "organ_iou": {method: a measure, and "thresholds": {label: number or null}, "pairs" of
+            volume and label that it is over, "undefined_pairs": with a finding, but without a
+            measure, and "regions": {region: interval and "pairs"}}: by the region in which the
+            finding is; {} without `regions`. Methods: "hirescam" and "gradcam", then the baselines
+            "organ_prior", "centre_blob", "random" (`hirescam_jax.metrics.baselines`).
         "lesions": null where the data has none, else {method: {"iou", "dice", "otsu_iou",
             "otsu_dice", "pointing", "energy", "rank_accuracy", "average_precision"}}: measures
             against the lesions on the feature grid. "iou" has its own "thresholds", which "dice"
             shares; it is a mean over volumes of each one's own.
+        "completeness": null without maps, else {"mean", "worst"} over all volumes and labels of
+            |sum of the HiResCAM map + bias - logit|.
 
-        `hirescam evaluate` puts "step" before, and behind where asked for "faithfulness" and
-        "sanity" (`hirescam_jax.evaluate_checks`).
+        `evaluate_run` and `hirescam evaluate` put more beside them.
 
     Raises:
-        ValueError: patients of another length.
+        ValueError: patients of another length, predictions of other labels, a split without
+            volumes, or a score that is not a finite number.
     """
-    count, num_labels = test.labels.shape
-    lesions = {} if test.lesions is None or validation.lesions is None else test.lesions
-    if patients is not None and len(patients) != count:
-        raise ValueError(f"patients has {len(patients)} entries for {count} volumes: give one each")
+    _check(labels, validation, test)
+    numbers = group_numbers(len(test.labels), patients)
+    times = draws(numbers, resamples, seed)
+    maps = at_thresholds(labels, validation, test)
     probabilities = expit(test.logits.astype(np.float64))
-    residual_NK = probabilities - test.labels
-    without = np.where(test.labels.any(axis=0), 0.0, np.nan)  # added: null without positives
-    rows: dict[Any, np.ndarray] = {"brier": residual_NK**2 + without}
-    thresholds: dict[Any, dict[str, float]] = {}
+    present = test.labels.any(axis=0)
+    enough = groups_in(test.labels, numbers) >= MIN_GROUPS
 
-    def at_best(key: Any, on_validation: np.ndarray, on_test: np.ndarray) -> np.ndarray:
-        chosen = best_threshold(on_validation)
-        values = ORGAN_IOU_THRESHOLDS[chosen].tolist()
-        thresholds[key] = dict(zip(labels, values, strict=True))
-        return np.take_along_axis(on_test, chosen[None, :, None], axis=2)[..., 0]
-
-    for name, iou_NKT in test.organ_iou.items():
-        rows[name] = at_best(name, validation.organ_iou[name], iou_NKT)
-    for name, of_map in lesions.items():
-        known = (validation.lesions or {})[name]["iou"]
-        iou = at_best((name, "iou"), known, of_map["iou"])
-        dice = {"dice": _dice(iou), "otsu_dice": _dice(of_map["otsu_iou"])}
-        rows |= {(name, key): v for key, v in {**of_map, "iou": iou, **dice}.items()}
-
-    sums = [np.nan_to_num(value) for value in rows.values()]
-    numbers = [(~np.isnan(value)).astype(float) for value in rows.values()]
-    if test.findings is not None:  # pairs of volume and label, by region
-        found_NKR = (test.findings > 0).astype(float)
-        for name in test.organ_iou:
-            defined = found_NKR * ~np.isnan(rows[name])[..., None]
-            numbers.append(defined.sum(1))
-            sums.append((defined * np.nan_to_num(rows[name])[..., None]).sum(1))
-    sums, numbers = np.concatenate(sums, axis=1), np.concatenate(numbers, axis=1)
-    in_bin_NKM = bin_of(probabilities, BINS)[..., None] == np.arange(BINS)
-    gaps = (residual_NK[..., None] * in_bin_NKM).reshape(count, -1)
-    ranked = ["auroc", "average_precision", "expected_calibration_error"]
-    order = [*ranked, *rows]
-
-    def statistic(cases_SN: np.ndarray) -> np.ndarray:
-        scores = np.moveaxis(test.logits[cases_SN], 2, 1)
-        truth = np.moveaxis(test.labels[cases_SN], 2, 1)
-        # How often each volume was drawn: means over the drawn ones are products of matrices.
-        draws = len(cases_SN)
-        places = cases_SN + count * np.arange(draws)[:, None]
-        times_SN = np.bincount(places.reshape(-1), minlength=draws * count).reshape(draws, count)
-        times_SN = times_SN.astype(float)
-        number = times_SN @ numbers
-        means = np.where(number > 0, times_SN @ sums / np.maximum(number, 1), np.nan)
-        gap = np.abs(times_SN @ gaps).reshape(draws, num_labels, BINS).sum(-1)
-        error = gap / times_SN.sum(1, keepdims=True) + without
-        parts = [auroc(scores, truth), average_precision(scores, truth), error, means]
-        columns = np.concatenate(parts, axis=1)
-        of_labels = columns[:, : len(order) * num_labels].reshape(draws, -1, num_labels)
-        return np.concatenate([nan_mean(of_labels), columns], axis=1)
-
-    value, low, high = bootstrap(statistic, count, resamples, seed, groups=patients)
-    intervals = [
-        {"value": _null(v), "low": _null(lo), "high": _null(hi)}
-        for v, lo, hi in zip(value, low, high, strict=True)
-    ]
-    means, columns = intervals[: len(order)], intervals[len(order) :]
-
-    def measure(key: Any) -> dict[str, Any]:
-        row = order.index(key)
-        of_labels = columns[row * num_labels : (row + 1) * num_labels]
+    def measure(found: Resampled) -> dict[str, Any]:
+        """Means and intervals of labels; of those alone that are present."""
+        value = np.where(present, found.value, np.nan)
+        found = found._replace(value=value, known=found.known & enough)
+        chosen = found.known & ~np.isnan(value)
         return {
-            "mean": means[row],
-            "defined": sum(interval["value"] is not None for interval in of_labels),
-            "labels": dict(zip(labels, of_labels, strict=True)),
+            "mean": intervals(mean_of(found, chosen))[0],
+            "defined": int(chosen.sum()),
+            "labels": dict(zip(labels, intervals(found), strict=True)),
         }
 
-    result: dict[str, Any] = {
-        "volumes": count,
-        "patients": count if patients is None else len(set(patients)),
-        "auroc": {**measure("auroc"), "delong": _delong(labels, test)},
-        "average_precision": measure("average_precision"),
+    def of_values(values: np.ndarray) -> dict[str, Any]:
+        return measure(resampled_means(values, times, numbers))
+
+    def of_map(name: str) -> dict[str, Any]:
+        values = maps.values[name]
+        pairs, present_pairs = int((~np.isnan(values)).sum()), int(test.labels.sum())
+        organs = {}
+        if test.findings is not None and regions:
+            organs = _by_region(values, test.findings, regions, times, numbers)
+        return {
+            **of_values(values),
+            "thresholds": maps.thresholds[name],
+            "pairs": pairs,
+            "undefined_pairs": present_pairs - pairs,
+            "regions": organs,
+        }
+
+    aurocs, precisions = resampled_ranks(test.logits, test.labels, times, numbers)
+    lesions: dict[str, dict[str, Any]] = {}
+    for key, values in maps.values.items():
+        if isinstance(key, tuple):
+            lesions.setdefault(key[0], {})[key[1]] = of_values(values)
+    for name, of_lesions in lesions.items():
+        of_lesions["iou"]["thresholds"] = maps.thresholds[name, "iou"]
+    error, plug_in = _calibration_error(probabilities, test.labels, times)
+    plug_in = map(_null, np.where(present, plug_in, np.nan))
+    residuals = test.residuals
+    return {
+        "volumes": len(test.labels),
+        "patients": int(numbers.max()) + 1,
+        "positives": dict(zip(labels, test.labels.sum(0).tolist(), strict=True)),
+        "auroc": {**measure(aurocs), "delong": _delong(labels, test, numbers)},
+        "average_precision": measure(precisions),
         "calibration": {
             "bins": BINS,
-            "expected_calibration_error": measure("expected_calibration_error"),
-            "brier": measure("brier"),
+            "expected_calibration_error": {
+                **_cut(measure(error)),
+                "plug_in": dict(zip(labels, plug_in, strict=True)),
+            },
+            "brier": of_values((probabilities - test.labels) ** 2),
             "reliability": _reliability(labels, probabilities, test.labels),
         },
-        "organ_iou": {
-            name: {**measure(name), "thresholds": thresholds[name], "regions": {}}
-            for name in test.organ_iou
-        },
-        "lesions": {
-            name: {key: measure((name, key)) for key in [*of_map, "dice", "otsu_dice"]}
-            for name, of_map in lesions.items()
-        }
-        or None,
+        "organ_iou": {name: of_map(name) for name in test.organ_iou},
+        "lesions": lesions or None,
+        "completeness": residuals
+        if residuals is None
+        else {"mean": float(residuals.mean()), "worst": float(residuals.max())},
     }
-    for name in lesions:
-        result["lesions"][name]["iou"]["thresholds"] = thresholds[name, "iou"]
-    if test.findings is not None and regions:
-        of_regions = iter(columns[len(order) * num_labels :])
-        pairs = numbers[:, len(rows) * num_labels :].sum(0).astype(int).tolist()
-        for name in test.organ_iou:
-            result["organ_iou"][name]["regions"] = {
-                region: {**next(of_regions), "pairs": pairs.pop(0)} for region in regions
-            }
-    return result
 
 
-def _delong(labels: Sequence[str], test: Predictions) -> dict[str, dict[str, float | None]]:
+def _by_region(
+    values: np.ndarray,
+    findings: np.ndarray,
+    regions: Sequence[str],
+    times: np.ndarray,
+    numbers: np.ndarray,
+) -> dict[str, Any]:
+    """Means over the pairs of volume and label whose finding is in a region."""
+    counts = (findings > 0) * ~np.isnan(values)[..., None]
+    sums = (counts * np.nan_to_num(values)[..., None]).sum(1)
+    counts = counts.sum(1).astype(float)
+    found = intervals(resampled_means(sums, times, numbers, counts))
+    pairs = counts.sum(0).astype(int).tolist()
+    named = zip(regions, found, pairs, strict=True)
+    return {region: {**interval, "pairs": count} for region, interval, count in named}
+
+
+def _calibration_error(
+    probabilities: np.ndarray, truth: np.ndarray, times: np.ndarray
+) -> tuple[Resampled, np.ndarray]:
+    """The debiased expected calibration error, and the plug-in one [K]. Sums over the drawn volumes
+    are products of matrices; the resamples are turned around, for a basic interval."""
+    num_labels = truth.shape[1]
+    in_bin_NKM = bin_of(probabilities, BINS)[..., None] == np.arange(BINS)
+    weights = np.ones(truth.shape), probabilities, truth
+    columns = [(in_bin_NKM * w[..., None]).reshape(len(truth), -1) for w in weights]
+
+    def error(t: np.ndarray) -> CalibrationError:
+        sums = [(c.T @ t).reshape(num_labels, BINS, -1).swapaxes(1, 2) for c in columns]
+        return calibration_error_of_bins(*sums)
+
+    found, drawn = error(np.ones((len(truth), 1))), error(times.astype(float))
+    around = found.debiased + found.plug_in - drawn.debiased
+    known = np.ones(num_labels, bool)
+    return Resampled(found.debiased[:, 0], around, known), found.plug_in[:, 0]
+
+
+def _cut(measure: dict[str, Any]) -> dict[str, Any]:
+    """With all figures in [0, 1]: a debiased error can be a little below 0."""
+
+    def cut(interval: dict[str, float | None]) -> dict[str, float | None]:
+        return {n: None if v is None else min(max(v, 0.0), 1.0) for n, v in interval.items()}
+
+    of_labels = {label: cut(interval) for label, interval in measure["labels"].items()}
+    return {**measure, "mean": cut(measure["mean"]), "labels": of_labels}
+
+
+def _check(labels: Sequence[str], validation: Predictions, test: Predictions) -> None:
+    for name, split in (("validation", validation), ("test", test)):
+        if split.labels.shape[1:] != (len(labels),) or split.logits.shape != split.labels.shape:
+            raise ValueError(
+                f"{name} split: logits {split.logits.shape} and labels {split.labels.shape} must "
+                f"both be [volumes, {len(labels)}], for labels {', '.join(labels)}"
+            )
+        if not len(split.labels):
+            raise ValueError(f"{name} split: has no volume, so that nothing can be measured")
+        wrong = np.argwhere(~np.isfinite(split.logits))
+        if len(wrong):
+            n, k = wrong[0]
+            raise ValueError(
+                f"{name} split: the score of '{labels[k]}' in volume {n} is {split.logits[n, k]}"
+            )
+
+
+def _delong(
+    labels: Sequence[str], test: Predictions, groups: np.ndarray
+) -> dict[str, dict[str, float | None]]:
     found = {}
     for k, label in enumerate(labels):
-        one = delong(test.logits[None, :, k], test.labels[:, k])
+        one = delong(test.logits[None, :, k], test.labels[:, k], groups)
         (low,), (high,) = one.interval()
         error = float(np.sqrt(one.covariance[0, 0]))
         found[label] = {"low": _null(low), "high": _null(high), "standard_error": _null(error)}
@@ -247,112 +325,5 @@ def _dice(iou: np.ndarray) -> np.ndarray:
     return 2 * iou / (1 + iou)
 
 
-def table(result: dict[str, Any]) -> str:
-    """An evaluation as text: a label a row; a map a row; an organ a row."""
-    parts = [label_table(result)]
-    if result["organ_iou"]:
-        parts.append(map_table(result))
-    if any(of_map["regions"] for of_map in result["organ_iou"].values()):
-        parts.append(region_table(result))
-    calibration = result["calibration"]
-    error, brier = (calibration[n]["mean"] for n in ("expected_calibration_error", "brier"))
-    parts.append(
-        f"Calibration: expected error {interval_text(error)} in {calibration['bins']} bins, "
-        f"Brier score {interval_text(brier)}\nIn brackets: 95 % bootstrap intervals over "
-        f"{result['patients']} patients ({result['volumes']} volumes)"
-    )
-    return "\n\n".join(parts)
-
-
-def label_table(result: dict[str, Any]) -> str:
-    """AUROC, average precision and OrganIoU of the model's maps, a label a row."""
-    columns = {"AUROC": result["auroc"], "AP": result["average_precision"]}
-    for name, of_map in result["organ_iou"].items():
-        if name in ("hirescam", "gradcam"):
-            columns[f"OrganIoU {name}"] = of_map
-    labels = result["auroc"]["labels"]
-    rows = [["", *columns]]
-    rows.append([_mean_of(columns.values()), *(interval_text(c["mean"]) for c in columns.values())])
-    if len({c["defined"] for c in columns.values()}) > 1:
-        of = [f"{c['defined']} of {len(labels)} labels" for c in columns.values()]
-        rows.append(["of", *of])
-    for label in labels:
-        rows.append([label, *(interval_text(c["labels"][label]) for c in columns.values())])
-    return aligned(rows)
-
-
-def map_table(result: dict[str, Any]) -> str:
-    """Means over the labels, a map a row: those of the model, then those that no model made."""
-    lesions = result["lesions"]
-    rows = [["maps, means over labels", "OrganIoU"]]
-    if lesions:
-        rows[0] += [f"lesions: {next(iter(LESION_MEASURES.values()))}"]
-        rows[0] += list(LESION_MEASURES.values())[1:]
-    for name, of_map in _ordered(result["organ_iou"]):
-        title = map_name(name)
-        missing = len(of_map["labels"]) - of_map["defined"]
-        if missing:
-            title += f" ({of_map['defined']} of {len(of_map['labels'])} labels)"
-        row = [title, interval_text(of_map["mean"])]
-        if lesions:
-            means = (lesions[name][key]["mean"]["value"] for key in LESION_MEASURES)
-            row += ["n/a" if mean is None else f"{mean:.3f}" for mean in means]
-        rows.append(row)
-    return aligned(rows)
-
-
-def region_table(result: dict[str, Any]) -> str:
-    """OrganIoU by the organ in which the finding is."""
-    maps = _ordered(result["organ_iou"])
-    shown = {name: of_map["regions"] for name, of_map in maps if of_map["regions"]}
-    rows = [["OrganIoU by organ", "pairs", *(map_name(name) for name in shown)]]
-    for region, first in next(iter(shown.values())).items():
-        cells = [interval_text(of_map[region]) for of_map in shown.values()]
-        rows.append([region, str(first["pairs"]), *cells])
-    return aligned(rows)
-
-
-def _ordered(maps: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The model's maps, then those that no model made."""
-    order = [*MAP_NAMES]
-    return sorted(maps.items(), key=lambda item: order.index(item[0]))
-
-
-def _mean_of(measures: Any) -> str:
-    """ "mean of 9 of 10 labels", or "mean" where all count, or not the same of each measure."""
-    counts = {(m["defined"], len(m["labels"])) for m in measures}
-    defined, total = next(iter(counts))
-    return (
-        f"mean of {defined} of {total} labels" if len(counts) == 1 and defined < total else "mean"
-    )
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Rows of text as a table: a rule below the first, the first column to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def interval_text(interval: dict[str, float | None]) -> str:
-    """ "0.812 [0.790, 0.833]", or "n/a" where the measure is not defined."""
-    if interval["value"] is None:
-        return "n/a"
-    if interval["low"] is None:
-        return f"{interval['value']:.3f}"
-    return f"{interval['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
-
-
 def _null(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def map_name(name: str) -> str:
-    """As tables call it."""
-    return MAP_NAMES.get(name) or name

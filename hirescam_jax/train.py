@@ -14,7 +14,13 @@ import numpy as np
 from hirescam_jax import checkpoint, distributed, sharding
 from hirescam_jax.config import Config, check_sizes
 from hirescam_jax.costs import step_flops
-from hirescam_jax.data.pipeline import Source, eval_batches, open_split, train_batches
+from hirescam_jax.data.pipeline import (
+    PermutedLabels,
+    Source,
+    eval_batches,
+    open_split,
+    train_batches,
+)
 from hirescam_jax.errors import Preempted, UserError
 from hirescam_jax.preemption import Preemption
 from hirescam_jax.progress import Log, progress, say
@@ -35,10 +41,13 @@ from hirescam_jax.weights import start_weights
 
 def open_data(config: Config, split: str, with_lesions: bool = False) -> Source:
     """A split of the config's data with its masks on the feature grid of the config's model; with
-    the lesions themselves where the data has them, if they are asked for."""
+    the lesions themselves where the data has them, if they are asked for. The training split has
+    permuted labels if the config says so."""
     shape = open_split(config.data, split, (1, 1, 1)).shape
     grid = feature_grid(config.model, shape)
-    return open_split(config.data, split, grid, config.labels, with_lesions)
+    source = open_split(config.data, split, grid, config.labels, with_lesions)
+    permuted = split == "train" and config.permute_labels
+    return PermutedLabels(source, config.seed) if permuted else source
 
 
 def train(

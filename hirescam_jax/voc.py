@@ -4,6 +4,7 @@ A MobileNetV2 learns which of the 20 classes a photo shows, once with a global-a
 for which the two maps are the same, and once with one fully connected layer over all positions
 ("flatten"), for which only HiResCAM accounts for the score. Then both maps of every class that a
 validation photo shows are measured against the class's mask (void left out), and with each other.
+Thresholds are chosen on photos of the training set that the heads do not see.
 """
 
 import dataclasses
@@ -26,16 +27,18 @@ from hirescam_jax.data.voc import CLASSES, VOC
 from hirescam_jax.errors import UserError
 from hirescam_jax.files import atomic_file
 from hirescam_jax.losses import classification_loss
-from hirescam_jax.metrics import auroc, average_precision, nan_mean
+from hirescam_jax.metrics import auroc, average_precision, bootstrap, nan_mean
 from hirescam_jax.models import MobileNetV2
 from hirescam_jax.progress import progress, say
 from hirescam_jax.verdict import head_verdict
-from hirescam_jax.voc_maps import Pairs, compare_maps, measure_baselines
+from hirescam_jax.voc_faithful import faithfulness
+from hirescam_jax.voc_maps import RESAMPLES, Pairs, compare_maps, measure_baselines
 from hirescam_jax.voc_report import table, write_page
 from hirescam_jax.weights import from_torch, read_weights
 
 HEADS = ("gap", "flatten")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of torchvision
+TUNE_SHARE = 0.2  # of the training photos: for the maps' thresholds, not trained on
 BACKBONE = "mobilenet"  # its name in the variables
 
 
@@ -68,6 +71,7 @@ def run_voc(
     val_set: str = "val",
     batch_size: int = 16,
     seed: int = 0,
+    faithful: int = 10,
     backbone: MobileNetV2 | None = None,
 ) -> dict[str, Any]:
     """Trains both heads, compares their maps and writes metrics.json, voc.html and pictures.
@@ -81,6 +85,7 @@ def run_voc(
         out: a folder that is new or empty.
         size: of the square that a photo is scaled into.
         train_set, val_set: see `VOC`. A photo that is in both is taken out of the training.
+        faithful: insertion, deletion and ROAD on so many pairs that a head predicts.
         backbone: the architecture; MobileNetV2 by default.
 
     Returns:
@@ -98,6 +103,9 @@ def run_voc(
         say(f"{left_out} photos of {train_set} are in {val_set} too: left out of the training")
     if not len(sources["train"]):
         raise UserError(f"{path}: all photos of {train_set} are in {val_set}: choose another set")
+    if len(sources["train"]) < 2:
+        raise UserError(f"{path}: {train_set} has one photo: one is needed for the thresholds too")
+    sources["tune"] = sources["train"].split_off(TUNE_SHARE, seed)
     tensors = read_weights(weights)
     outputs = tensors.get("classifier.1.bias", np.zeros(1000)).shape[0]
     backbone = (backbone or MobileNetV2()).clone(num_labels=outputs, classifier="gap")
@@ -126,10 +134,12 @@ def run_voc(
         "settings": {
             **{"size": size, "epochs": epochs, "finetune": finetune},
             **{"batch_size": batch_size, "seed": seed, "weights": weights.name},
+            "faithful": faithful,
             **{"jax": jax.__version__, "device": jax.devices()[0].device_kind},
         },
         "heads": {},
     }
+    baselines = None
     shown: dict[str, Any] = {}
     for head in HEADS:
         model = backbone.clone(num_labels=len(CLASSES), classifier=head)
@@ -146,12 +156,23 @@ def run_voc(
             variables = train_head(
                 model, seen["train"], epochs=epochs, batch_size=batch_size, seed=seed
             )
-        figures, shown[head] = _examined(model, variables, seen, pairs)
-        result["heads"][head] = figures
-    grid = shown["flatten"].gradcam.shape[1:]
-    result["baselines"] = measure_baselines(
-        grid, pairs["train"], splits["train"].masks, pairs["val"], splits["val"].masks
-    )
+        features = seen["val"].features
+        assert features is not None
+        grid = features.shape[1:3]
+        baselines = baselines or measure_baselines(
+            grid, pairs["tune"], splits["tune"].masks, pairs["val"], splits["val"].masks
+        )
+        figures, maps = _examined(model, variables, seen, pairs, baselines)
+        if faithful:
+            whole = {**start, **variables, "params": {**start["params"], **variables["params"]}}
+
+            def image(photo: int) -> Array:
+                return normalized(jnp.asarray(sources["val"][photo]["image"])[None])
+
+            figures["faithfulness"] = faithfulness(
+                model, whole, image, maps, pairs["val"], faithful, seed
+            )
+        result["heads"][head], shown[head] = figures, maps
     with atomic_file(out / "metrics.json") as temporary:
         temporary.write_text(json.dumps(_plain(result), indent=2))
     write_page(out, result, shown, pairs["val"], sources["val"])
@@ -161,7 +182,11 @@ def run_voc(
 
 
 def _examined(
-    model: MobileNetV2, variables: Any, splits: dict[str, Split], pairs: dict[str, Pairs]
+    model: MobileNetV2,
+    variables: Any,
+    splits: dict[str, Split],
+    pairs: dict[str, Pairs],
+    baselines: Any,
 ) -> tuple[dict[str, Any], Any]:
     """All figures of a head, and its maps of the validation pairs."""
     features = splits["val"].features
@@ -172,12 +197,19 @@ def _examined(
         [np.asarray(apply_head(jnp.asarray(part))) for part in chunks(features, 64)]
     )
     truth = splits["val"].labels.T > 0
-    maps, figures = compare_maps(model, variables, splits, pairs)
+    maps, figures = compare_maps(model, variables, splits, pairs, baselines)
+
+    def scores(cases_SN: np.ndarray) -> np.ndarray:
+        one, true = logits.T[:, cases_SN].swapaxes(0, 1), truth[:, cases_SN].swapaxes(0, 1)
+        return np.stack([nan_mean(f(one, true)) for f in (average_precision, auroc)], axis=-1)
+
+    intervals = np.stack(bootstrap(scores, len(logits), RESAMPLES), axis=-1)
+    ends = [dict(zip(("value", "low", "high"), row, strict=True)) for row in intervals.tolist()]
     return {
         "verdict": dataclasses.asdict(verdict),
         "predictions": {
-            "average_precision": float(nan_mean(average_precision(logits.T, truth))),
-            "auroc": float(nan_mean(auroc(logits.T, truth))),
+            "average_precision": ends[0],
+            "auroc": ends[1],
             "classes": int(truth.any(1).sum()),
             "pairs": int((maps.logit >= 0).sum()),
         },

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from hirescam_jax.cam import completeness_residual, gradcam, hirescam, normalize_map
+from hirescam_jax.cam import completeness_residual, gradcam, hirescam
 from hirescam_jax.compiling import compiler_options
 from hirescam_jax.data.voc import CLASSES, VOID
 from hirescam_jax.metrics import (
@@ -20,6 +20,7 @@ from hirescam_jax.metrics import (
     energy_inside,
     map_average_precision,
     nan_mean,
+    otsu_threshold,
     overlap,
     pointing_game,
     random_maps,
@@ -28,7 +29,10 @@ from hirescam_jax.metrics import (
 from hirescam_jax.progress import progress
 
 METHODS = ("hirescam", "gradcam")
-MEASURES = ("iou", "pointing_game", "energy", "rank_accuracy", "average_precision")
+BASELINES = ("centre_blob", "random")
+BINARY = ("iou", "dice", "otsu_iou", "otsu_dice")  # of the map above a threshold
+MEASURES = (*BINARY, "pointing_game", "energy", "rank_accuracy", "average_precision")
+Interval = dict[str, float]  # "value", "low", "high"
 PHOTOS_AT_ONCE, PAIRS_AT_ONCE = 16, 32
 RESAMPLES = 1000
 
@@ -95,22 +99,35 @@ def enlarged(maps: Float[Array | np.ndarray, "P h w"], size: int) -> Float[Array
     return jax.image.resize(jnp.asarray(maps), (len(maps), size, size), "linear")
 
 
+def shown(maps: Float[Array, "P K S S"], void: Array) -> Float[Array, "P K S S"]:
+    """`normalize_map` by what is not void: a map's end in the padding is no part of the photo."""
+    positive = jax.nn.relu(maps)
+    low = jnp.where(void, jnp.inf, positive).min((2, 3), keepdims=True)
+    peak = jnp.where(void, 0, positive).max((2, 3), keepdims=True) - low
+    return jnp.where(peak > 0, (positive - low) / jnp.where(peak > 0, peak, 1), 0)
+
+
 @partial(jax.jit, static_argnames="complete")
 def _measured(maps: Array, masks: Array, label: Array, thresholds: Array, complete: bool):
     """maps [P, h, w], masks uint8 [P, S, S], label [P] -> IoU [P, T], and the other measures."""
     raw = enlarged(maps, masks.shape[-1])[:, None]
     masks = masks[:, None]
     inside, void = masks == label[:, None, None, None] + 1, masks == VOID
-    iou = overlap(normalize_map(raw), inside, thresholds, void).iou[:, 0]
+    scaled = shown(raw, void)
+    best = overlap(scaled, inside, thresholds, void)
     if not complete:
-        return iou, {}
+        return best.iou[:, 0], {}
+    otsu = overlap(scaled, inside, otsu_threshold(scaled, void)[..., None], void)
+    values = {"dice": best.dice, "otsu_iou": otsu.iou, "otsu_dice": otsu.dice}
     measures = {
         "pointing_game": pointing_game,
         "energy": energy_inside,
         "rank_accuracy": rank_accuracy,
         "average_precision": map_average_precision,
     }
-    return iou, {name: f(raw, inside, void)[:, 0] for name, f in measures.items()}
+    values = {name: value[:, 0, 0] for name, value in values.items()}
+    values |= {name: f(raw, inside, void)[:, 0] for name, f in measures.items()}
+    return best.iou[:, 0], values
 
 
 def _in_parts(
@@ -129,60 +146,70 @@ def _in_parts(
 
 
 def measured(
-    train_maps: np.ndarray,
-    train: Pairs,
-    train_masks: np.ndarray,
+    tune_maps: np.ndarray,
+    tune: Pairs,
+    tune_masks: np.ndarray,
     val_maps: np.ndarray,
     val: Pairs,
     val_masks: np.ndarray,
     title: str,
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """The threshold of the best mean IoU over the training pairs, and each measure [P] of the
-    validation pairs.
+    """The threshold of the best mean IoU over pairs of photos that nothing was trained on, and each
+    measure [P] of the validation pairs.
 
-    IoU is of the map as it is shown (`normalize_map` of the enlarged one); the others take the
-    enlarged raw map.
+    IoU and Dice are of the map as it is shown (`shown`, of the enlarged one), at that threshold and
+    at Otsu's; the others take the enlarged raw map.
     """
-    parts = _in_parts(train_maps, train, train_masks, ORGAN_IOU_THRESHOLDS, f"{title}, train")
+    parts = _in_parts(tune_maps, tune, tune_masks, ORGAN_IOU_THRESHOLDS, f"{title}, threshold")
     iou_PT = np.concatenate([iou for iou, _ in parts])
-    threshold = float(ORGAN_IOU_THRESHOLDS[best_threshold(iou_PT[:, None])[0]])
-    results = list(_in_parts(val_maps, val, val_masks, np.array([threshold]), f"{title}, val"))
+    threshold = float(ORGAN_IOU_THRESHOLDS[int(best_threshold(iou_PT[:, None].astype(float))[0])])
+    results = list(_in_parts(val_maps, val, val_masks, np.array([threshold]), title))
     values = {"iou": np.concatenate([iou[:, 0] for iou, _ in results])}
     for name in MEASURES[1:]:
         values[name] = np.concatenate([other[name] for _, other in results])
     return threshold, values
 
 
+def baseline_maps(name: str, grid: tuple[int, ...], pairs: Pairs, seed: int) -> np.ndarray:
+    """A blob at the centre, or random maps, [P, h, w] on the feature grid."""
+    shape = (len(pairs.photo), 1, *grid)
+    if name == "centre_blob":
+        return np.array(centre_blob(shape)[:, 0])
+    return random_maps(shape, seed, pairs.photo, pairs.label[:, None])[:, 0]
+
+
 def measure_baselines(
     grid: tuple[int, ...],
-    train: Pairs,
-    train_masks: np.ndarray,
+    tune: Pairs,
+    tune_masks: np.ndarray,
     val: Pairs,
     val_masks: np.ndarray,
-) -> dict[str, Any]:
-    """A blob at the centre and random maps, on the feature grid, measured as the maps are."""
-
-    def blobs(pairs: Pairs) -> np.ndarray:
-        return np.array(centre_blob((len(pairs.photo), 1, *grid))[:, 0])
-
-    def noise(pairs: Pairs, seed: int) -> np.ndarray:
-        shape = (len(pairs.photo), 1, *grid)
-        return random_maps(shape, seed, pairs.photo, pairs.label[:, None])[:, 0]
-
-    result = {}
-    for name, maps in {
-        "centre_blob": (blobs(train), blobs(val)),
-        "random": (noise(train, 1), noise(val, 0)),
-    }.items():
-        threshold, values = measured(
-            maps[0], train, train_masks, maps[1], val, val_masks, name.replace("_", " ")
+) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
+    """`measured` of the maps that no model made."""
+    return {
+        name: measured(
+            baseline_maps(name, grid, tune, 1),
+            tune,
+            tune_masks,
+            baseline_maps(name, grid, val, 0),
+            val,
+            val_masks,
+            name.replace("_", " "),
         )
-        result[name] = {"threshold": threshold, **_means(values)}
-    return result
+        for name in BASELINES
+    }
 
 
-def _means(values: dict[str, np.ndarray]) -> dict[str, float]:
-    return {name: float(np.mean(value)) for name, value in values.items()}
+def intervals(values: dict[str, np.ndarray], photos: np.ndarray) -> dict[str, Interval]:
+    """Means over pairs with 95 % bootstrap intervals, photos drawn; NaN where not known."""
+    columns = np.stack([*values.values()], axis=-1).astype(float)
+    drawn = bootstrap(
+        lambda rows: nan_mean(columns[rows], axis=1), len(columns), RESAMPLES, 0, photos
+    )
+    return {
+        name: {"value": float(v), "low": float(low), "high": float(high)}
+        for name, v, low, high in zip(values, *drawn, strict=True)
+    }
 
 
 # -- against each other ---------------------------------------------------------------------------
@@ -241,46 +268,52 @@ def agreement(kernel: np.ndarray, features: np.ndarray, maps: PairMaps, pairs: P
 
 
 def compare_maps(
-    model: Any, variables: Any, splits: dict[str, Any], pairs: dict[str, Pairs]
+    model: Any,
+    variables: Any,
+    splits: dict[str, Any],
+    pairs: dict[str, Pairs],
+    baselines: dict[str, tuple[float, dict[str, np.ndarray]]],
 ) -> tuple[PairMaps, dict[str, Any]]:
     """Both maps of the validation pairs, and all their figures.
 
     Returns:
-        The maps, and a dict: `maps` (per method threshold, residual and mean of each measure, also
-        over the `predicted` pairs alone), `gain` (HiResCAM less Grad-CAM, mean and 95 % bootstrap
-        interval over photos), `difference` (means of `differences`), `by_class`, `pairs` (each of
-        them), and for a global-average head `agreement`.
+        The maps, and a dict: `thresholds` and `residuals` by method; `maps`, the measures of each
+        method and of `baselines`, and `gain`, those of HiResCAM less those of Grad-CAM, with 95 %
+        bootstrap intervals over photos; `predicted`, both again over the pairs that are predicted;
+        `difference` (means of `differences`), `by_class`, `pairs` (each of them), and for a
+        global-average head `agreement`.
     """
-    train, val = pairs["train"], pairs["val"]
-    train_maps = pair_maps(model, variables, splits["train"].features, train)
+    tune, val = pairs["tune"], pairs["val"]
+    tune_maps = pair_maps(model, variables, splits["tune"].features, tune)
     maps = pair_maps(model, variables, splits["val"].features, val)
-    figures: dict[str, Any] = {"maps": {}}
-    predicted = maps.logit >= 0  # probability of 1/2 and more
+    thresholds = {name: threshold for name, (threshold, _) in baselines.items()}
     values = {}
     for method in METHODS:
-        threshold, values[method] = measured(
-            getattr(train_maps, method),
-            train,
-            splits["train"].masks,
+        thresholds[method], values[method] = measured(
+            getattr(tune_maps, method),
+            tune,
+            splits["tune"].masks,
             getattr(maps, method),
             val,
             splits["val"].masks,
             f"{model.classifier}, {method}",
         )
-        residual = float(getattr(maps, f"{method}_residual").max())
-        figures["maps"][method] = {
-            "threshold": threshold,
-            "residual": residual,
-            **_means(values[method]),
-            "predicted": {
-                name: float(nan_mean(v[predicted])) for name, v in values[method].items()
-            },
+    everything = {**values, **{name: of_map for name, (_, of_map) in baselines.items()}}
+
+    def means(rows: np.ndarray) -> dict[str, Any]:
+        photos = val.photo[rows]
+        chosen = {m: {n: v[rows] for n, v in of.items()} for m, of in everything.items()}
+        hires, grad = chosen["hirescam"], chosen["gradcam"]
+        return {
+            "maps": {method: intervals(of_map, photos) for method, of_map in chosen.items()},
+            "gain": intervals({name: hires[name] - grad[name] for name in MEASURES}, photos),
         }
-    gains = np.stack([values["hirescam"][name] - values["gradcam"][name] for name in MEASURES], -1)
-    interval = bootstrap(lambda rows: gains[rows].mean(1), len(gains), RESAMPLES, 0, val.photo)
-    figures["gain"] = {
-        name: {"value": float(v), "low": float(low), "high": float(high)}
-        for name, v, low, high in zip(MEASURES, *interval, strict=True)
+
+    figures: dict[str, Any] = {
+        "thresholds": thresholds,
+        "residuals": {m: float(getattr(maps, f"{m}_residual").max()) for m in METHODS},
+        **means(np.arange(len(val.photo))),
+        "predicted": means(np.flatnonzero(maps.logit >= 0)),  # probability of 1/2 and more
     }
     apart = differences(maps)
     figures["difference"] = {name: float(np.nanmean(value)) for name, value in apart.items()}

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib.patheffects import withStroke
 from hirescam_jax.data.voc import CLASSES, VOC, VOID
 from hirescam_jax.evaluate import aligned
 from hirescam_jax.files import atomic_file
+from hirescam_jax.voc_faithful import MEASURES as FAITHFUL
 from hirescam_jax.voc_maps import MEASURES, METHODS, PairMaps, Pairs, enlarged
 
 SHOWN = 12  # pairs with pictures
@@ -25,10 +27,16 @@ TITLES = {
     "centre_blob": "centre blob",
     "random": "random map",
     "iou": "IoU",
+    "dice": "Dice",
+    "otsu_iou": "IoU (Otsu)",
+    "otsu_dice": "Dice (Otsu)",
     "pointing_game": "pointing game",
     "energy": "energy",
     "rank_accuracy": "rank accuracy",
     "average_precision": "avg. precision",
+    "insertion": "insertion",
+    "deletion": "deletion (low is good)",
+    "road": "ROAD",
     "gap": "global average",
     "flatten": "flatten",
 }
@@ -36,31 +44,53 @@ INK, SOFT, BLACK = "#e8e8e8", "#a0a0a0", "#000000"
 OUTLINE = "#ffe14b"
 
 
-def rows_of(result: dict[str, Any]) -> list[list[str]]:
-    """Measures of all maps, the first row the titles."""
-    rows = [["validation, mean over pairs", *(TITLES[m] for m in MEASURES)]]
-    for head, figures in result["heads"].items():
-        for method in METHODS:
-            values = figures["maps"][method]
-            cells = [f"{values[m]:.3f}" for m in MEASURES]
-            rows.append([f"{TITLES[head]}, {TITLES[method]}", *cells])
-        gain = [_interval(figures["gain"][m]) for m in MEASURES]
-        rows.append(["  HiResCAM less Grad-CAM", *gain])
-    for head, figures in result["heads"].items():
-        for method in METHODS:
-            values = figures["maps"][method]["predicted"]
-            if figures["predictions"]["pairs"]:
-                cells = [f"{values[m]:.3f}" for m in MEASURES]
-                rows.append([f"predicted: {TITLES[head]}, {TITLES[method]}", *cells])
-    for name, values in result["baselines"].items():
-        rows.append([TITLES[name], *(f"{values[m]:.3f}" for m in MEASURES)])
+def tables_of(result: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """Measures of all maps by title, a map a row: over all pairs, over those that each head
+    predicts, and faithfulness."""
+    heads = result["heads"]
+    tables = {
+        "All pairs": _rows([(TITLES[head], heads[head]) for head in heads], MEASURES),
+        "Predicted pairs": _rows(
+            [
+                (f"{TITLES[head]} ({of['predictions']['pairs']})", of["predicted"])
+                for head, of in heads.items()
+                if of["predictions"]["pairs"]
+            ],
+            MEASURES,
+        ),
+        "Faithfulness": _rows(
+            [
+                (f"{TITLES[head]} ({of['faithfulness']['pairs']})", of["faithfulness"])
+                for head, of in heads.items()
+                if of.get("faithfulness", {}).get("pairs")
+            ],
+            FAITHFUL,
+        ),
+    }
+    return {title: rows for title, rows in tables.items() if len(rows) > 1}
+
+
+def _rows(heads: list[tuple[str, dict[str, Any]]], measures: Sequence[str]) -> list[list[str]]:
+    rows = [["mean over pairs", *(TITLES[m] for m in measures)]]
+    for title, figures in heads:
+        for method, of_map in figures["maps"].items():
+            cells = [_interval(of_map[m], "{:.2f}") for m in measures]
+            rows.append([f"{title}, {TITLES[method]}", *cells])
+            if method == METHODS[-1]:
+                gain = [_interval(figures["gain"][m], "{:+.2f}") for m in measures]
+                rows.append(["  HiResCAM less Grad-CAM", *gain])
     return rows
 
 
-def _interval(gain: dict[str, float]) -> str:
-    if max(abs(v) for v in gain.values()) < 5e-4:
+def _interval(interval: dict[str, float], form: str) -> str:
+    """ "0.31 (0.28, 0.34)"; "0" for a difference that is not even rounding, and without a spread
+    the value alone."""
+    value, low, high = (interval[name] for name in ("value", "low", "high"))
+    if "+" in form and np.nanmax(np.abs([value, low, high])) < 5e-4:
         return "0"
-    return f"{gain['value']:+.2f} ({gain['low']:+.2f}, {gain['high']:+.2f})"
+    if np.isnan(low):
+        return form.format(value)
+    return f"{form.format(value)} ({form.format(low)}, {form.format(high)})"
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:
@@ -68,14 +98,16 @@ def lines_of(result: dict[str, Any]) -> list[str]:
     lines = []
     for head, figures in result["heads"].items():
         found, verdict = figures["predictions"], figures["verdict"]
-        apart, maps = figures["difference"], figures["maps"]
+        apart, residuals = figures["difference"], figures["residuals"]
         lines += [
             f"{TITLES[head]}: {verdict['text']}",
-            f"  predictions: mean average precision {found['average_precision']:.3f}, AUROC "
-            f"{found['auroc']:.3f} over {found['classes']} classes; {found['pairs']} of "
-            f"{result['data']['val']['pairs']} pairs predicted (probability 1/2 or more)",
+            f"  predictions: mean average precision "
+            f"{_interval(found['average_precision'], '{:.3f}')}, AUROC "
+            f"{_interval(found['auroc'], '{:.3f}')} over {found['classes']} classes; "
+            f"{found['pairs']} of {result['data']['val']['pairs']} pairs predicted (probability "
+            "1/2 or more)",
             f"  |sum of map + bias - score|, largest: HiResCAM "
-            f"{maps['hirescam']['residual']:.2g}, Grad-CAM {maps['gradcam']['residual']:.2g}",
+            f"{residuals['hirescam']:.2g}, Grad-CAM {residuals['gradcam']:.2g}",
         ]
         if "agreement" in figures:
             a = figures["agreement"]
@@ -99,7 +131,8 @@ def lines_of(result: dict[str, Any]) -> list[str]:
 
 def table(result: dict[str, Any]) -> str:
     """For the terminal."""
-    return "\n".join([aligned(rows_of(result)), "", *lines_of(result)])
+    tables = [f"{title}\n{aligned(rows)}\n" for title, rows in tables_of(result).items()]
+    return "\n".join([*tables, *lines_of(result)])
 
 
 def write_page(
@@ -133,7 +166,7 @@ def write_page(
         result=result,
         flatten=result["heads"]["flatten"],
         gap=result["heads"]["gap"],
-        rows=rows_of(result),
+        tables=tables_of(result),
         lines=lines_of(result),
         pictures=shown,
     )

@@ -7,10 +7,11 @@
 #                                                          # lies in the working folder
 #   launch/paper.sh runs --only 'table1_*' --reduced       # each a minute on two cores
 #
-# Repeat the command to continue: a finished run is not trained again. On a cluster send each
-# configs/paper/*.py by itself (slurm.sbatch) and end with `hirescam table`.
+# Repeat the command to continue: a finished run is not trained again, but one that was made with
+# other options (--reduced, say) is refused, so that all runs of a table are made alike. On a
+# cluster send each configs/paper/*.py by itself (slurm.sbatch) and end with `hirescam table`.
 set -euo pipefail
-[[ $# -ge 1 && $1 != -* ]] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[[ $# -ge 1 && $1 != -* ]] || { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 out=$1 only='*'
 shift
@@ -25,7 +26,10 @@ for config in "$configs"/$only.py; do
   [[ -f $config ]] || { echo "launch/paper.sh: no experiment is called '$only'" >&2; exit 2; }
   run="$out/$(basename "$config" .py)"
   runs+=("$run")
-  [[ -f $run/evaluation.json ]] && continue
+  if [[ -f $run/evaluation.json ]]; then
+    hirescam train "$config" --run "$run" "$@" --check
+    continue
+  fi
   echo "== $run"
   resume=()
   [[ -f $run/run.json ]] && resume=(--resume)

@@ -1,5 +1,6 @@
 """Evaluation: what is chosen on validation, what is left out, and the same numbers by hand."""
 
+import dataclasses
 import json
 import re
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hirescam_jax import evaluate_checks
 from hirescam_jax.checkpoint import Header, Run
 from hirescam_jax.config import Config
 from hirescam_jax.errors import UserError
@@ -19,17 +21,24 @@ from hirescam_jax.evaluate import (
     predict,
     table,
 )
-from hirescam_jax.evaluate_checks import faithfulness_table, save_sanity_picture
+from hirescam_jax.evaluate_checks import (
+    chosen_volumes,
+    faithfulness_table,
+    save_sanity_picture,
+)
+from hirescam_jax.kept import Kept
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
     brier_score,
+    calibration_interval,
     delong,
     expected_calibration_error,
     organ_iou,
     random_maps,
 )
-from hirescam_jax.models import AxialNet
-from hirescam_jax.summary import LESION_MEASURES, MAP_NAMES, label_table
+from hirescam_jax.models import AxialNet, CTNet
+from hirescam_jax.summary_text import LESION_MEASURES, MAP_NAMES, label_table
+from hirescam_jax.values import Values
 
 T = len(ORGAN_IOU_THRESHOLDS)
 
@@ -61,9 +70,20 @@ def test_thresholds_are_the_best_of_the_validation_mean():
     assert (chosen["hirescam"] != chosen["gradcam"]).any()
 
 
-def test_threshold_of_a_label_that_validation_never_saw_is_the_first():
-    chosen = choose_thresholds(predictions(0, b=False))
-    assert chosen["hirescam"][1] == chosen["gradcam"][1] == 0
+def test_a_label_that_validation_never_saw_has_no_threshold_and_no_organ_iou():
+    validation, test = predictions(0, b=False), predictions(1)
+    chosen = choose_thresholds(validation)
+    assert chosen["hirescam"][1] == chosen["gradcam"][1] == -1
+    result = evaluate(("a", "b", "c"), validation, test, resamples=20)
+    for measure in result["organ_iou"].values():
+        assert measure["thresholds"]["b"] is None
+        assert measure["labels"]["b"] == {"value": None, "low": None, "high": None}
+        assert measure["defined"] == 2
+        others = [measure["labels"][label]["value"] for label in "ac"]
+        assert measure["mean"]["value"] == pytest.approx(np.mean(others))
+        assert measure["undefined_pairs"] == test.labels[:, 1].sum()
+    assert result["auroc"]["defined"] == 3
+    assert f"{test.labels[:, 1].sum()} more have an organ" in table(result)
 
 
 def test_test_split_does_not_move_the_thresholds():
@@ -185,12 +205,97 @@ def test_calibration_is_that_of_the_measures():
     assert result["brier"]["labels"]["b"]["value"] is None
     for k, label in ((0, "a"), (2, "c")):
         probabilities = 1 / (1 + np.exp(-test.logits[:, k]))
-        error = expected_calibration_error(probabilities, test.labels[:, k], result["bins"])
-        found = result["expected_calibration_error"]["labels"][label]["value"]
-        assert found == pytest.approx(error)
+        given = probabilities, test.labels[:, k], result["bins"]
+        found = result["expected_calibration_error"]
+        plain = expected_calibration_error(*given)
+        assert found["plug_in"][label] == pytest.approx(plain)
+        interval = calibration_interval(*given, resamples=30)
+        assert list(found["labels"][label].values()) == pytest.approx(interval)
         brier = brier_score(probabilities, test.labels[:, k])
         assert result["brier"]["labels"][label]["value"] == pytest.approx(brier)
         assert sum(result["reliability"][label]["count"]) == 40
+
+
+def calibrated(seed: int) -> Predictions:
+    """Labels that are drawn with the predicted probabilities."""
+    rng = np.random.default_rng(seed)
+    probabilities = rng.beta(2, 4, size=(200, 3))
+    labels = rng.random((200, 3)) < probabilities
+    return Predictions(np.log(probabilities / (1 - probabilities)), labels, {})
+
+
+def test_calibration_errors_lie_in_their_intervals_which_reach_the_true_one():
+    covered = []
+    for seed in range(10):
+        split = calibrated(seed)
+        result = evaluate(("a", "b", "c"), split, split, resamples=100)
+        error = result["calibration"]["expected_calibration_error"]
+        for interval in (error["mean"], *error["labels"].values()):
+            assert 0 <= interval["low"] <= interval["value"] <= interval["high"]
+        covered += [interval["low"] == 0 for interval in error["labels"].values()]
+    assert np.mean(covered) > 0.7
+
+
+def test_mean_is_over_the_same_labels_in_all_resamples():
+    """A label with two positives, of which many resamples have none, is in the mean of all."""
+    rng = np.random.default_rng(3)
+    labels = np.zeros((60, 2), bool)
+    labels[:30, 0] = labels[:2, 1] = True
+    logits = np.stack([rng.normal(size=60) + 2.5 * labels[:, 0], np.arange(60.0)], axis=1)
+    split = Predictions(logits, labels, {})
+    result = evaluate(("common", "rare"), split, split, resamples=500)["auroc"]
+    assert result["defined"] == 2
+    common, rare = (result["labels"][label]["value"] for label in ("common", "rare"))
+    assert rare < 0.05 < 0.9 < common
+    assert result["mean"]["value"] == pytest.approx((common + rare) / 2)
+    assert result["mean"]["high"] < 0.6
+
+
+def test_label_with_one_positive_has_no_interval_and_is_in_no_mean():
+    labels = np.zeros((60, 2), bool)
+    labels[:30, 0] = labels[0, 1] = True
+    logits = np.random.default_rng(3).normal(size=(60, 2)) + 2 * labels
+    iou = np.where(labels[..., None], 0.5, np.nan) * np.ones(T)
+    split = Predictions(logits, labels, {"hirescam": iou})
+    result = evaluate(("common", "rare"), split, split, resamples=50)
+    assert result["positives"] == {"common": 30, "rare": 1}
+    for measure in (result["auroc"], result["organ_iou"]["hirescam"]):
+        assert measure["defined"] == 1
+        rare = measure["labels"]["rare"]
+        assert rare["value"] is not None
+        assert rare["low"] is rare["high"] is None
+        assert measure["mean"] == measure["labels"]["common"]
+    # Two volumes of one patient are no more than one.
+    labels[1, 1] = True
+    patients = ["p0", "p0", *map(str, range(58))]
+    result = evaluate(("common", "rare"), split, split, resamples=50, patients=patients)["auroc"]
+    assert result["labels"]["rare"]["low"] is result["delong"]["rare"]["low"] is None
+    one = delong(split.logits[None, :, 0], split.labels[:, 0], patients)
+    assert result["delong"]["common"]["low"] == pytest.approx(one.interval()[0][0])
+
+
+def test_pairs_without_a_measure_are_counted():
+    test = predictions(1)
+    n, k = np.argwhere(test.labels)[0]
+    test.organ_iou["hirescam"][n, k] = np.nan  # an organ without a cell
+    result = evaluate(("a", "b", "c"), predictions(0), test, resamples=20)
+    measure = result["organ_iou"]["hirescam"]
+    assert (measure["pairs"], measure["undefined_pairs"]) == (test.labels.sum() - 1, 1)
+    assert result["organ_iou"]["gradcam"]["undefined_pairs"] == 0
+    assert "1 more have an organ without a cell" in table(result)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda x: jax.tree.map(lambda part: part[:, :2], x), "test split: logits .40, 2."),
+        (lambda x: jax.tree.map(lambda part: part[:0], x), "test split: has no volume"),
+        (lambda x: x._replace(logits=x.logits * np.nan), "the score of 'a' in volume 0 is nan"),
+    ],
+)
+def test_predictions_that_cannot_be_measured(change, line):
+    with pytest.raises(ValueError, match=line):
+        evaluate(("a", "b", "c"), predictions(0), change(predictions(1)), resamples=5)
 
 
 def test_delongs_intervals_stand_beside_the_bootstraps():
@@ -347,11 +452,110 @@ def test_predictions_by_hand(run):
 
 
 def test_evaluate_run_refuses_other_labels(run):
-    class Others(Cases):
+    class Strangers(Cases):
         labels = ("a", "b", "d")
 
     with pytest.raises(UserError, match="trained on labels"):
-        evaluate_run(run, Cases(), Others())
+        evaluate_run(run, Cases(), Strangers())
+
+
+class Others(Cases):
+    """Four others."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index):
+        return super().__getitem__(index + 10) | {"index": np.int32(index)}
+
+
+def test_both_splits_are_measured(run, tmp_path):
+    values: dict[str, Values] = {}
+    result = evaluate_run(run, Cases(), Others(), values=values)
+    validation, test = predict(run, Cases()), predict(run, Others())
+    assert (result["split"], result["volumes"], result["validation"]["volumes"]) == ("test", 4, 5)
+    assert result["content"] != result["validation"]["content"]
+    assert result["head"]["kind"] == "exact"
+    assert result["head"]["maps"]["hirescam"]["holds"]
+    assert not result["head"]["maps"]["gradcam"]["holds"]
+    assert result["completeness"]["mean"] <= result["completeness"]["worst"] < 1e-5
+    for split, of_split in (("test", test), ("validation", validation)):
+        chosen = choose_thresholds(validation)["hirescam"]
+        iou = np.stack([of_split.organ_iou["hirescam"][:, k, chosen[k]] for k in range(3)], axis=1)
+        iou[:, chosen < 0] = np.nan
+        path = tmp_path / f"{split}.npz"
+        values[split].save(path)
+        found = Values.load(path)
+        np.testing.assert_array_equal(found.organ_iou["hirescam"], iou)
+        np.testing.assert_array_equal(found.logits, of_split.logits)
+        np.testing.assert_array_equal(found.truth, of_split.labels)
+        measures = result if split == "test" else result["validation"]
+        assert found.content == measures["content"]
+        for k, label in enumerate("abc"):
+            value = measures["organ_iou"]["hirescam"]["labels"][label]["value"]
+            if value is not None:
+                assert value == pytest.approx(np.nanmean(iou[:, k]))
+    text = table(result)
+    assert "validation split (5 volumes" in text
+    assert "Grad-CAM: no guarantee" in text
+
+
+def test_data_without_a_test_split(run):
+    result = evaluate_run(run, Cases(), None)
+    assert (result["split"], result["volumes"]) == ("validation", 5)
+    assert "validation" not in result
+    again = evaluate_run(run, Cases(), Cases())
+    assert result["organ_iou"] == again["validation"]["organ_iou"]
+    assert "in-sample" in table(result)
+
+
+def test_findings_in_an_organ_without_a_cell(run):
+    """No map could be right: they are counted, and in no mean."""
+
+    class Cut(Cases):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            item["regions"][1] = 0
+            item["findings"][:, 0] = [1, 0, 0]
+            return item
+
+    result = evaluate_run(run, Cut(), None)
+    findings = np.array([Cut()[i]["findings"] for i in range(5)])
+    elsewhere = (findings[:, :, 1] > findings[:, :, 0]).sum()
+    for measure in result["organ_iou"].values():
+        assert (measure["pairs"], measure["undefined_pairs"]) == (5, elsewhere)
+        assert measure["defined"] == 1
+        assert measure["labels"]["b"]["value"] is None
+        assert measure["regions"]["left"]["pairs"] == 5
+
+
+def test_weights_that_are_not_numbers(run):
+    broken = jax.tree.map(lambda x: x * np.nan, run.variables)
+    with pytest.raises(UserError, match=r"at step 1 the score of 'a' in volume 0 .* is nan: train"):
+        evaluate_run(dataclasses.replace(run, variables=broken), Cases(), Cases())
+
+
+def test_interrupted_without_maps(tmp_path):
+    """CTNet has no maps in the body: what is kept of a batch has empty parts."""
+
+    class Small(Cases):
+        shape = (6, 12, 12)
+
+    model = CTNet(3, (1,), (18,), "small", conv_widths=(4, 3), channels=2, hidden=(8,))
+    config = Config(model=model, batch_size=2)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 6, 12, 12)))
+    variables = jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), shapes)
+    run = Run(tmp_path, Header.of(config, Small()), variables, 1)
+    folder = tmp_path / "kept"
+    whole = predict(run, Small(), kept=Kept(folder, {}))
+    max(folder.glob("*.npz")).unlink()
+    again = predict(run, Small(), kept=Kept(folder, {}))
+    assert again.organ_iou == {}
+    np.testing.assert_array_equal(again.logits, whole.logits)
+    result = evaluate(("a", "b", "c"), again, again, resamples=5)
+    assert result["organ_iou"] == {}
+    assert result["completeness"] is None
+    assert "OrganIoU" not in table(result)
 
 
 def test_baselines_by_hand(run):
@@ -385,7 +589,9 @@ def test_checks_of_a_run(run, tmp_path):
     """On random weights every map is a guess, but the exact one of an affine head is no bad one."""
     result = evaluate_run(run, Cases(), Cases(), faithfulness=2, sanity=2)
     faithful, sane = result["faithfulness"], result["sanity"]
-    items = [Cases()[i] for i in range(2)]
+    chosen = chosen_volumes(Cases(), 2)
+    items = [Cases()[i] for i in chosen]
+    assert (faithful["volumes"], faithful["patients"]) == (2, 2)
     assert faithful["pairs"] == sum(int(x["findings"].any(1).sum()) for x in items)
     assert list(faithful["methods"]) == list(MAP_NAMES)
     for measures in faithful["methods"].values():
@@ -407,6 +613,26 @@ def test_checks_of_a_run(run, tmp_path):
     assert (tmp_path / "sanity.png").read_bytes()[:4] == b"\x89PNG"
     lines = faithfulness_table(faithful).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == list(MAP_NAMES.values())
+
+
+def test_checks_are_on_a_random_choice_and_by_patient(run, monkeypatch):
+    class Many(Cases):
+        def __len__(self) -> int:
+            return 200
+
+    chosen = chosen_volumes(Many(), 30)
+    assert len(set(chosen)) == 30
+    assert 60 < np.mean(chosen) < 140
+    assert set(chosen_volumes(Many(), 10)) < set(chosen)
+
+    prior = np.ones((3, 2, 4, 4))
+    monkeypatch.setattr(evaluate_checks, "patients_of", lambda source: ["one"] * len(source))
+    result = evaluate_checks.faithfulness(run, Cases(), prior, 2)
+    assert result["patients"] == 1
+    for measures in result["methods"].values():
+        for name in ("insertion", "deletion", "road"):
+            assert measures[name]["value"] is not None
+            assert measures[name]["low"] is measures[name]["high"] is None
 
 
 def test_checks_on_more_volumes_than_there_are(run):

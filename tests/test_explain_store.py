@@ -357,8 +357,31 @@ def test_evaluation_on_processes_is_that_of_one(folder, tmp_path):
         name = jax.tree_util.keystr(path)
         if "thresholds" in name or not isinstance(value, float):
             assert value == expected, name
+        elif "completeness" in name:
+            assert max(value, expected) < 1e-5, name  # rounding
         else:
             assert value == pytest.approx(expected, rel=1e-5, abs=1e-7), name
+
+
+def test_evaluation_of_a_store_without_a_test_split(folder, tmp_path, capsys):
+    for name in ("run", "store"):
+        shutil.copytree(folder / name, tmp_path / name)
+    run = tmp_path / "run"
+    stored = json.loads((tmp_path / "store" / "store.json").read_text())
+    del stored["splits"]["test"]
+    (tmp_path / "store" / "store.json").write_text(json.dumps(stored))
+    text = (run / "run.json").read_text().replace(str(folder / "store"), str(tmp_path / "store"))
+    (run / "run.json").write_text(text)
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(run)])
+    assert "split 'test' is missing or empty; to measure the" in capsys.readouterr().err
+    cli.main(["evaluate", str(run), "--split", "val"])
+    result = json.loads((run / "evaluation.json").read_text())
+    assert (result["split"], result["volumes"]) == ("validation", 3)
+    assert "in-sample" in capsys.readouterr().out
+    assert sorted(path.name for path in run.glob("*.npz")) == ["evaluation_validation.npz"]
+    cli.main(["table", str(run), "--out", str(tmp_path / "tables")])
+    assert "validation split, 3 volumes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [False, True])
@@ -396,10 +419,11 @@ def test_an_interrupted_evaluation_continues(folder, tmp_path, monkeypatch, dama
 
 def test_results_of_other_weights_are_not_continued(tmp_path):
     kept = Kept(tmp_path / "parts", {"step": "1"})
-    kept.save("test", 0, {"a": np.arange(3), "b": {"c": np.ones(2, bool)}})
+    kept.save("test", 0, {"a": np.arange(3), "b": {"c": np.ones(2, bool), "none": {}}})
     (again,) = Kept(tmp_path / "parts", {"step": "1"}).load("test")
     np.testing.assert_array_equal(again["a"], [0, 1, 2])
     np.testing.assert_array_equal(again["b"]["c"], [True, True])
+    assert again["b"]["none"] == {}
     assert kept.load("val") == []
     assert Kept(tmp_path / "parts", {"step": "2"}).load("test") == []
 

@@ -84,6 +84,50 @@ def test_coarse_maps_are_interpolated_and_channels_go_together():
     np.testing.assert_allclose(found.scores[0, 0], expected, rtol=1e-5)
 
 
+def test_a_map_without_an_order_tells_nothing_of_where_the_model_looks():
+    """Constant maps; the model looks at the first slice, or at the last."""
+    volumes = np.abs(np.random.default_rng(0).normal(size=(1, 10, 8, 8))).astype(np.float32)
+    maps = np.zeros((1, 1, 10, 8, 8), np.float32)
+    areas, keys = [], jax.random.split(jax.random.key(0), 3)
+    for slices in (slice(0, 1), slice(-1, None)):
+        weights = np.zeros((10, 8, 8, 1), np.float32)
+        weights[slices] = 0.2
+        model = Partial(lambda w, v: v.reshape(len(v), -1) @ w, weights.reshape(-1, 1))
+        of_keys = [float(deletion(model, volumes, maps, key=key).area[0, 0]) for key in keys]
+        areas.append(of_keys)
+        assert len(set(of_keys)) == 3
+        again = float(deletion(model, volumes, maps, key=keys[0]).area[0, 0])
+        assert again == of_keys[0]
+    np.testing.assert_allclose(areas[0], areas[1], atol=0.06)  # by position: 0.54 and 0.99
+    np.testing.assert_allclose(np.mean(areas[0]), np.mean(areas[1]), atol=0.03)
+
+
+def test_a_map_with_nan_has_no_scores():
+    model, _, volumes, maps = problem(SHAPES[0])
+    maps[1, 2, 0, 0] = np.nan
+    found = [deletion(model, volumes, maps).area, insertion(model, volumes, maps).area]
+    found.append(road(model, volumes, maps, key=jax.random.key(0), fractions=(0.5,)).combined)
+    for values in found:
+        expected = np.zeros((2, 3), bool)
+        expected[1, 2] = True
+        np.testing.assert_array_equal(np.isnan(values), expected)
+
+
+def test_volumes_of_integers_are_taken_as_floats():
+    model, _, volumes, maps = problem(SHAPES[0])
+    volumes = np.round(3 * volumes).astype(np.int16)
+    floats = volumes.astype(np.float32)
+    key = jax.random.key(0)
+    for f in (
+        lambda v: deletion(model, v, maps, fill=0.5).scores,
+        lambda v: insertion(model, v, maps, start=floats / 2).scores,
+        lambda v: road(model, v, maps, key=key, fractions=(0.5,)).combined,
+        lambda v: linear_imputation(v, maps[:, 0] > 0),
+        lambda v: blur(jnp.asarray(v), 1.0, 2),
+    ):
+        np.testing.assert_array_equal(f(volumes), f(floats))
+
+
 def test_chunks_change_nothing():
     model, _, volumes, maps = problem(SHAPES[0])
     curves = [deletion(model, volumes, maps, chunk=chunk).scores for chunk in (1, 5, 100)]

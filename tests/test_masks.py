@@ -18,6 +18,7 @@ from hirescam_jax.metrics import (
     random_maps,
     rank_accuracy,
 )
+from hirescam_jax.metrics import masks as masks_module
 
 GRIDS = [(5, 6), (4, 3, 5)]
 THRESHOLDS = np.array([0.0, 0.3, 0.7], np.float32)
@@ -25,7 +26,7 @@ THRESHOLDS = np.array([0.0, 0.3, 0.7], np.float32)
 
 def all_measures(maps, masks, void):
     """[B, K, columns]"""
-    thresholds = jnp.asarray(THRESHOLDS, maps.dtype)
+    thresholds = jnp.asarray(THRESHOLDS)
     both = overlap(maps, masks, thresholds, void)
     columns = [pointing_game, energy_inside, rank_accuracy, map_average_precision]
     columns = [measure(maps, masks, void)[..., None] for measure in columns]
@@ -86,11 +87,75 @@ def test_empty_masks_are_missing_and_not_missed():
     masks[1, 2] &= void[1, 2]  # all of it void
     masks[1, 2, 0, 0] = void[1, 2, 0, 0] = True
     found = np.asarray(jax.jit(all_measures)(maps, masks, void))
-    without_organ = np.r_[0:4, 7:13]
-    missing = np.isnan(found[..., without_organ])
+    missing = np.isnan(found)
     np.testing.assert_array_equal(missing.any(-1), [[0, 1, 0], [0, 0, 1]])
     assert missing[0, 1].all()
     assert missing[1, 2].all()
+
+
+def test_organ_iou_where_no_map_could_be_right_or_none_wrong_is_missing():
+    """Regions without a cell, of all cells, of all cells that are not void, and of some."""
+    maps = np.random.default_rng(0).random((1, 4, 4, 5)).astype(np.float32)
+    allowed = np.zeros(maps.shape, bool)
+    allowed[0, 1:3] = allowed[0, 3, :2] = True
+    void = np.zeros(maps.shape, bool)
+    allowed[0, 2, 0], void[0, 2, 0] = False, True
+    found = organ_iou(maps, allowed, [0.5], void=void)
+    np.testing.assert_array_equal(np.isnan(found[0, :, 0]), [True, True, True, False])
+    theirs = organ_iou(maps, allowed, [0.5], void=void, authors_zero_without_outside=True)
+    np.testing.assert_array_equal(theirs[0, :3, 0], [0, 0, 0])
+
+
+@pytest.mark.parametrize("values", [np.nan, "one"])
+def test_a_map_with_nan_has_no_measure(values):
+    maps, masks, void = cases(GRIDS[1])
+    one = tuple(np.argwhere(~void[1, 2])[0])
+    maps[1, 2][... if values is np.nan else one] = np.nan
+    maps[0, 0][void[0, 0]] = np.nan  # void does not count
+    found = np.isnan(np.asarray(jax.jit(all_measures)(maps, masks, void)))
+    assert found[1, 2].all()
+    found[1, 2] = False
+    assert not found.any()
+    assert np.isnan(pointing_game(maps, masks, void)[1, 2])
+    assert np.isnan(energy_inside(maps, masks, void)[1, 2])
+    assert np.isnan(otsu_threshold(maps, void)[1, 2])
+    assert not np.isnan(otsu_threshold(maps, void)[0, 0])
+
+
+def test_a_threshold_that_was_not_chosen_has_no_measure():
+    maps, masks, _ = cases(GRIDS[0])
+    for found in (organ_iou(maps, masks, [0.5, np.nan]), *overlap(maps, masks, [0.5, np.nan])):
+        np.testing.assert_array_equal(np.isnan(found).all((0, 1)), [False, True])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, bool])
+def test_maps_of_integers_are_measured_as_floats(dtype):
+    rng = np.random.default_rng(0)
+    maps = rng.integers(0, 2 if dtype is bool else 200, (2, 3, 6, 7)).astype(dtype)
+    masks, void = rng.random(maps.shape) < 0.3, rng.random(maps.shape) < 0.2
+    wanted = all_measures(maps.astype(np.float32), masks, void)
+    np.testing.assert_array_equal(all_measures(maps, masks, void), wanted)
+    for measure in (pointing_game, energy_inside):
+        wanted = measure(maps.astype(np.float64), masks, void)
+        np.testing.assert_allclose(measure(maps, masks, void), wanted, rtol=1e-6)
+    assert (np.asarray(organ_iou(maps, masks, [0.5])) > 0).any()
+
+
+def test_otsu_of_bytes_is_scikit_images():
+    filters = pytest.importorskip("skimage.filters")
+    image = np.random.default_rng(0).integers(0, 256, (1, 1, 40, 40)).astype(np.uint8)
+    found = np.asarray(otsu_threshold(image))[0, 0]
+    floats = image.astype(np.float32)
+    np.testing.assert_allclose(found, filters.threshold_otsu(floats), rtol=1e-6)
+    assert abs(found - filters.threshold_otsu(image)) < 1  # of whole numbers it is one of them
+
+
+def test_organ_iou_is_compiled_once():
+    maps, masks, _ = cases((3, 7))
+    before = masks_module._organ_iou._cache_size()
+    for _ in range(3):
+        organ_iou(maps, masks, np.linspace(0, 1, 11))
+    assert masks_module._organ_iou._cache_size() == before + 1
 
 
 def test_perfect_and_uniform_maps_in_closed_form():
@@ -154,7 +219,7 @@ def test_otsu_of_two_values_of_none_and_without_void():
 
 def test_best_threshold_is_of_the_mean_over_defined_volumes():
     scores = np.array([[[0.1, 0.9], [np.nan] * 2], [[0.9, 0.2], [np.nan] * 2]])
-    np.testing.assert_array_equal(best_threshold(scores), [1, 0])
+    np.testing.assert_array_equal(best_threshold(scores), [1, np.nan])
 
 
 # -- maps without a model -------------------------------------------------------------------------

@@ -13,14 +13,16 @@ from hirescam_jax.metrics import (
     average_precision,
     bootstrap,
     brier_score,
+    calibration_error_of_bins,
+    calibration_interval,
     delong,
     delong_test,
     energy_inside,
     expected_calibration_error,
+    intervals,
     nan_mean,
     organ_iou,
     pointing_game,
-    predictions,
     reliability,
 )
 
@@ -46,6 +48,8 @@ def organ_iou_by_loop(maps, allowed, thresholds):
                 inside += bool(allowed[(b, k, *cell)])
                 outside += not allowed[(b, k, *cell)]
         result[b, k, t] = inside / (inside + outside) if inside + outside else 0
+        if allowed[b, k].all() or not allowed[b, k].any():
+            result[b, k, t] = np.nan
     return result
 
 
@@ -56,6 +60,7 @@ def test_organ_iou_by_loop(grid):
     raw = raw.at[0, 0].set(-1)  # nothing above any threshold
     maps = normalize_map(raw)
     allowed = rng.random(maps.shape) < 0.4
+    allowed[0, 0, 0], allowed[1, 1], allowed[1, 2] = True, False, True
     thresholds = ORGAN_IOU_THRESHOLDS.astype(np.float32)
     result = np.asarray(jax.jit(organ_iou)(maps, jnp.asarray(allowed), jnp.asarray(thresholds)))
     assert result.shape == (2, 3, 53)
@@ -200,16 +205,45 @@ def test_bootstrap_is_a_function_of_its_seed():
 
 
 def test_bootstrap_leaves_undefined_resamples_out():
-    truth = np.zeros((2, 12), bool)
+    truth = np.zeros((3, 12), bool)
     truth[0, :2] = True  # absent from (5/6)^12 = 11 % of the resamples; row 1 from all
+    truth[2, [2, 8, 9]] = True
     scores = np.linspace(1, 0, 12)
 
     def statistic(cases):
         return np.stack([auroc(scores[cases], row[cases]) for row in truth], axis=-1)
 
     value, low, high = bootstrap(statistic, 12, resamples=500)
-    np.testing.assert_array_equal([value[0], low[0], high[0]], [1, 1, 1])
+    # Perfect in all of them, which tells nothing of the spread.
+    np.testing.assert_array_equal([value[0], low[0], high[0]], [1, np.nan, np.nan])
     assert np.isnan([value[1], low[1], high[1]]).all()
+    assert 0 <= low[2] < value[2] < high[2] <= 1
+
+
+def test_bootstrap_of_one_patient_has_no_interval():
+    values = np.arange(5.0)
+    for groups, count in ((["a"] * 5, 5), (None, 1)):
+        value, *ends = bootstrap(
+            lambda c: values[c].mean(-1, keepdims=True), count, groups=groups, resamples=10
+        )
+        assert value == [values[:count].mean()]
+        assert np.isnan(ends).all()
+
+
+def test_basic_bootstrap_of_a_biased_statistic():
+    """The variance without the lost degree of freedom, n / (n - 1) of which is the target."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=40)
+
+    def both(cases):
+        return np.stack([values[cases].mean(-1), values[cases].var(-1, ddof=1)], -1)
+
+    target = np.array([np.nan, values.var()])
+    value, low, high = bootstrap(both, 40, resamples=4000, target=target)
+    _, low_0, high_0 = bootstrap(both, 40, resamples=4000)
+    assert (low[0], high[0]) == (low_0[0], high_0[0])
+    np.testing.assert_allclose(low[1], value[1] + values.var() - high_0[1])
+    np.testing.assert_allclose(high[1], value[1] + values.var() - low_0[1])
 
 
 def test_bootstrap_of_a_scalar():
@@ -243,7 +277,7 @@ def test_bootstrap_of_groups_draws_whole_groups():
 def test_bootstrap_in_parts_is_the_same(monkeypatch):
     values = np.random.default_rng(0).normal(size=30)
     whole = bootstrap(lambda c: values[c].mean(-1), 30, resamples=100)
-    monkeypatch.setattr(predictions, "_DRAWN_AT_ONCE", 30 * 7)
+    monkeypatch.setattr(intervals, "_DRAWN_AT_ONCE", 30 * 7)
     assert bootstrap(lambda c: values[c].mean(-1), 30, resamples=100) == whole
 
 
@@ -319,18 +353,149 @@ def test_delong_test_keeps_its_level_and_finds_a_difference():
     assert better.p < 1e-4
 
 
+def test_delong_without_variance_is_newcombes_interval():
+    """All positives above all negatives. The ends solve his equation; the bounds of two and two
+    cases are far from those of two hundred."""
+
+    def excess(at, value, m, n):
+        others = (m + n) / 2 - 1
+        factor = 1 + others * (1 - at) / (2 - at) + others * at / (1 + at)
+        return (value - at) ** 2 - 1.959964**2 * at * (1 - at) * factor / (m * n)
+
+    for m, n in ((2, 2), (3, 9), (100, 100)):
+        truth = np.arange(m + n) >= n
+        for scores, value in ((np.arange(m + n), 1), (np.ones(m + n), 0.5), (-np.arange(m + n), 0)):
+            one = delong(scores[None].astype(float), truth)
+            (low,), (high,) = one.interval()
+            assert one.value == [value]
+            assert one.covariance == pytest.approx(0, abs=1e-15)
+            assert low <= value <= high
+            for end in {low, high} - {0.0, 1.0}:
+                assert excess(end, value, m, n) == pytest.approx(0, abs=1e-6)
+        assert high - low == pytest.approx({2: 0.614, 3: 0.379, 100: 0.0196}[m], abs=1e-3)
+
+
+def test_delong_test_of_opposite_orders_says_nothing():
+    order, truth = np.arange(4.0), np.array([0, 0, 1, 1])
+    found = delong_test(order, -order, truth)
+    assert found.difference == 1
+    assert np.isnan([found.z, found.p]).all()
+
+
+def patients_cases(seed, patients=60, volumes=3):
+    """Volumes of patients, of whom some have the label in part of their volumes only."""
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(patients), volumes)
+    truth = np.repeat(rng.random(patients) < 0.4, volumes) ^ (rng.random(len(groups)) < 0.1)
+    own = np.repeat(rng.normal(size=(2, patients)), volumes, axis=1)
+    return own + 0.3 * rng.normal(size=own.shape) + 1.2 * truth, truth, groups
+
+
+def test_delong_of_groups_is_obuchowskis():
+    """By its definition, group by group; of single cases it is DeLong's."""
+    scores, truth, groups = patients_cases(0)
+    found = delong(scores, truth, groups)
+    psi = [(r[truth][:, None] > r[~truth]) + 0.5 * (r[truth][:, None] == r[~truth]) for r in scores]
+    value = np.mean(psi, axis=(1, 2))
+    m, n = truth.sum(), (~truth).sum()
+    terms = []
+    for group in np.unique(groups):
+        x, y = groups[truth] == group, groups[~truth] == group
+        terms.append(
+            [
+                [p[x].mean(1).sum() - x.sum() * v, p[:, y].mean(0).sum() - y.sum() * v]
+                for p, v in zip(psi, value, strict=True)
+            ]
+        )
+    terms = np.array(terms)  # [groups, scores, positives and negatives]
+    with_positives = len(np.unique(groups[truth]))
+    with_negatives = len(np.unique(groups[~truth]))
+    for r, s in np.ndindex(2, 2):
+        (x_r, y_r), (x_s, y_s) = terms[:, r].T, terms[:, s].T
+        s10 = with_positives / ((with_positives - 1) * m) * (x_r * x_s).sum()
+        s01 = with_negatives / ((with_negatives - 1) * n) * (y_r * y_s).sum()
+        s11 = len(terms) / (len(terms) - 1) * ((x_r * y_s).sum() + (y_r * x_s).sum())
+        expected = s10 / m + s01 / n + s11 / (m * n)
+        np.testing.assert_allclose(found.covariance[r, s], expected, rtol=1e-10)
+    alone = delong(scores, truth, np.random.default_rng(0).permutation(len(truth)))
+    np.testing.assert_allclose(alone.covariance, delong(scores, truth).covariance, rtol=1e-10)
+    with pytest.raises(ValueError, match="179 entries for 180 cases"):
+        delong(scores, truth, groups[:-1])
+
+
+def test_delong_of_groups_is_the_variance_of_repeated_experiments():
+    found = [delong(s[:1], t, g) for s, t, g in map(patients_cases, range(1500))]
+    values = np.array([one.value[0] for one in found])
+    variances = np.array([one.covariance[0, 0] for one in found])
+    # The standard error of a variance of 1,500 draws is 3.7 %.
+    np.testing.assert_allclose(values.var(), variances.mean(), rtol=0.15)
+    ends = np.array([one.interval() for one in found])[..., 0]
+    covered = (ends[:, 0] <= values.mean()) & (values.mean() <= ends[:, 1])
+    assert 0.91 <= covered.mean() <= 0.97
+
+
 def test_delong_where_it_is_not_defined():
     scores = np.array([[0.1, 0.5, 0.9]])
     assert np.isnan(delong(scores, np.zeros(3, bool)).value).all()
     one = delong(scores, np.array([0, 0, 1], bool))
     assert one.value == [1]
     assert np.isnan(one.covariance).all()
+    assert np.isnan(one.interval()).all()
+    of_one_patient = delong(np.arange(4.0)[None], np.array([0, 0, 1, 1]), ["a", "b", "c", "c"])
+    assert np.isnan(of_one_patient.covariance).all()
     assert delong_test(scores[0], scores[0] * 2, np.array([0, 1, 1], bool)).difference == 0
     truth = np.arange(20) % 3 == 0
     order = np.random.default_rng(0).normal(size=20)
     assert delong_test(order, 5 * order, truth) == (0, 0, 1)
     with pytest.raises(ValueError, match="must agree"):
         delong(scores, np.zeros(4, bool))
+
+
+# -- missing labels -------------------------------------------------------------------------------
+
+
+def test_missing_labels_are_left_out():
+    rng = np.random.default_rng(0)
+    truth = (rng.random((3, 40)) < 0.4).astype(float)
+    truth[1, rng.random(40) < 0.3] = np.nan
+    truth[2] = np.nan
+    scores = np.round(rng.random((3, 40)) * 12) / 12
+    scores[1, np.flatnonzero(np.isnan(truth[1]))[0]] = np.nan  # it does not count
+    known = ~np.isnan(truth[1])
+    groups = np.arange(40) // 2
+    for measure in (auroc, average_precision, brier_score):
+        found = measure(scores, truth)
+        for row, kept in ((0, slice(None)), (1, known)):
+            expected = measure(scores[row, kept], truth[row, kept] > 0)
+            np.testing.assert_allclose(found[row], expected, rtol=1e-12)
+        assert np.isnan(found[2])
+    table = reliability(scores[1], truth[1])
+    for part, expected in zip(table, reliability(scores[1, known], truth[1, known]), strict=True):
+        np.testing.assert_array_equal(part, expected)
+    error = expected_calibration_error(scores[1], truth[1])
+    assert error == expected_calibration_error(scores[1, known], truth[1, known])
+    found = delong(scores[1:2], truth[1], groups)
+    expected = delong(scores[1:2, known], truth[1, known] > 0, groups[known])
+    np.testing.assert_array_equal(found.covariance, expected.covariance)
+    assert np.isnan(expected_calibration_error(scores[0], truth[2]))
+
+
+def test_other_labels_are_refused():
+    scores, truth = np.linspace(0, 1, 5), np.array([0, 1, -1, 0, 1])
+    measures = (auroc, average_precision, brier_score, reliability, expected_calibration_error)
+    for measure in (*measures, lambda s, t: delong(s[None], t)):
+        with pytest.raises(ValueError, match=r"label -1: labels are 0 or 1, or NaN where they are"):
+            measure(scores, truth)
+    with pytest.raises(ValueError, match="must agree"):
+        auroc(scores, truth[:2] > 0)
+
+
+def test_scores_that_are_nan_have_no_measure():
+    scores = np.array([[0.1, np.nan, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]])
+    truth = np.array([0, 1, 0, 1])
+    np.testing.assert_array_equal(np.isnan(auroc(scores, truth)), [True, False])
+    np.testing.assert_array_equal(np.isnan(average_precision(scores, truth)), [True, False])
+    np.testing.assert_array_equal(np.isnan(delong(scores, truth).value), [True, False])
 
 
 # -- calibration ----------------------------------------------------------------------------------
@@ -369,3 +534,36 @@ def test_calibration_in_closed_form():
         reliability(np.array([0.5, 1.5]), np.array([True, False]))
     with pytest.raises(ValueError, match="must agree"):
         reliability(np.array([0.5]), np.array([True, False]))
+
+
+def test_debiased_calibration_error_is_less_biased_and_lies_in_its_interval():
+    """Models whose true error is 0, and 0.03 in every bin. The percentiles of the plug-in error
+    hold neither in any of these data sets."""
+    for shift in (0.0, 0.03):
+        plug_in, debiased, inside, covered = [], [], 0, 0
+        for seed in range(40):
+            rng = np.random.default_rng(seed)
+            probabilities = rng.uniform(0.12, 0.88, 200)
+            truth = rng.random(200) < probabilities + shift
+            plug_in.append(expected_calibration_error(probabilities, truth))
+            debiased.append(expected_calibration_error(probabilities, truth, debiased=True))
+            value, low, high = calibration_interval(probabilities, truth, resamples=100, seed=seed)
+            assert value == pytest.approx(debiased[-1])
+            inside += low <= value <= high
+            covered += low <= shift <= high
+        assert abs(np.mean(debiased) - shift) < 0.65 * abs(np.mean(plug_in) - shift)
+        assert inside == 40
+        assert covered >= 26
+
+
+def test_debiased_calibration_error_by_drawn_noise():
+    count = np.array([30.0, 10, 0, 60])
+    probability, positives = np.array([3.0, 4, 0, 54]), np.array([5.0, 4, 0, 50])
+    found = calibration_error_of_bins(count, probability, positives)
+    share = positives / np.maximum(count, 1)
+    gap = np.abs(probability / np.maximum(count, 1) - share)
+    noise = np.random.default_rng(0).normal(size=(400_000, 4))
+    noise *= np.sqrt(share * (1 - share) / np.maximum(count, 1))
+    drawn = ((np.abs(gap + noise)) * count).sum(1).mean() / 100
+    np.testing.assert_allclose(found.plug_in, (gap * count).sum() / 100, rtol=1e-12)
+    np.testing.assert_allclose(found.debiased, 2 * found.plug_in - drawn, atol=2e-4)

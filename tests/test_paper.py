@@ -14,8 +14,10 @@ from processes import ROOT, environment
 
 from hirescam_jax.cli import main
 from hirescam_jax.config import SGD, Config, StoreData, check_types, load_config
+from hirescam_jax.errors import UserError
 from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet, CTNet
-from hirescam_jax.paper import reduced
+from hirescam_jax.paper import check_made_with, reduced
+from hirescam_jax.run import Header
 from hirescam_jax.step import feature_grid
 
 EXPERIMENTS = sorted((ROOT / "configs" / "paper").glob("*.py"))
@@ -103,6 +105,23 @@ def test_a_config_of_ones_own_is_reduced_too():
     assert small.model.pool == "max"
 
 
+def test_runs_of_other_options_are_told_apart(tmp_path: Path):
+    config = config_of("masks_area")
+    model = config.model.clone(num_labels=3)  # as its data has them
+    saved = dataclasses.replace(config, model=model, workers=7)
+    header = Header(saved, ("a", "b", "c"), ("r",), PAPER_SHAPE, (1.0, 1.0, 1.0))
+    (tmp_path / "run.json").write_text(header.to_json())
+    check_made_with(tmp_path, config)
+    for other, field in (
+        (reduced(config), "config.model"),
+        (dataclasses.replace(config, epochs=3), r"config.epochs \(100, not 3\)"),
+        (config_of("masks_area_dilated"), "config.data"),
+    ):
+        with pytest.raises(UserError, match=f"was made with another {field}") as caught:
+            check_made_with(tmp_path, other)
+        assert "\n" not in str(caught.value)
+
+
 TINY = [
     *("--data.train-size", "16", "--data.val-size", "16", "--data.test-size", "16"),
     *("--epochs", "1"),
@@ -126,12 +145,23 @@ def test_all_experiments_and_their_tables(tmp_path: Path):
     subprocess.run(command, env=path, check=True, stdout=subprocess.DEVNULL)
     rows = list(csv.DictReader((tmp_path / "tables" / "models.csv").read_text().splitlines()))
     assert [row["model"] for row in rows] == names("*")
+    assert {row["head"] for row in rows} == {"exact", "complete", "none"}
+    tables = {path.stem for path in (tmp_path / "tables").glob("*.csv")}
+    assert {"models", "models_validation", "masks", "differences"} <= tables
+    masks = list(csv.DictReader((tmp_path / "tables" / "masks.csv").read_text().splitlines()))
+    assert {row["masks by"] for row in masks} == {"nearest", "area", "trilinear"}
+    assert all(row["OrganIoU HiResCAM, dilated"] for row in masks)
     for row in rows:
         assert 0 <= float(row["AUROC low"]) <= float(row["AUROC"]) <= float(row["AUROC high"]) <= 1
     # Finished runs are left alone.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/evaluation.json")}
+    command[2:2] = ["--only", "masks_*"]
     subprocess.run(command, env=path, check=True, stdout=subprocess.DEVNULL)
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    # Those that were made with other options are not put into one table with these.
+    others = subprocess.run([*command, "--epochs", "2"], env=path, capture_output=True, text=True)
+    assert others.returncode == 2
+    assert "was made with another config.epochs (1, not 2)" in others.stderr
 
 
 def test_reduced_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -81,6 +81,31 @@ def test_similarity_of_signs_and_absolute_values():
     np.testing.assert_allclose(similarity(first, 3 * first).ssim, 1, rtol=1e-5)
 
 
+def test_maps_that_show_nothing_are_not_alike():
+    first, second = two((1, 3, 6, 7))
+    first[0, 0] *= -1
+    second[0, :2] *= -1
+    found = similarity(first, second)
+    np.testing.assert_array_equal(np.isnan(found.ssim), [[True, False, False]])
+    assert found.ssim[0, 1] < 0.2
+    assert not np.isnan(found.spearman).any()
+
+
+def test_similarity_of_nan_is_missing_and_of_bytes_that_of_floats():
+    metrics = pytest.importorskip("skimage.metrics")
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 256, (2, 1, 2, 16, 16)).astype(np.uint8)
+    expected = metrics.structural_similarity(first[0, 1], second[0, 1], data_range=255)
+    found = ssim(first, second, data_range=255)
+    np.testing.assert_allclose(found[0, 1], expected, rtol=1e-4)
+    floats = first.astype(np.float32), second.astype(np.float32)
+    for found, wanted in zip(similarity(first, second), similarity(*floats), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    floats[0][0, 0, 3, 4] = np.nan
+    for values in similarity(*floats):
+        np.testing.assert_array_equal(np.isnan(values), [[True, False]])
+
+
 def test_repeatability_is_the_mean_over_pairs():
     maps = [two((2, 2, 7, 8), seed)[1] - 0.4 for seed in range(3)]
     maps[1][0, 1] = 0  # constant: the one pair without it counts

@@ -7,11 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hirescam_jax.cli import main
+from hirescam_jax.config import Config, StoreData
+from hirescam_jax.differences import difference_tables
 from hirescam_jax.errors import UserError
-from hirescam_jax.table import read_evaluations, tables, write_tables
+from hirescam_jax.metrics import auroc, bootstrap, delong_test
+from hirescam_jax.run import Header
+from hirescam_jax.table import all_tables, mask_tables, read_evaluations, tables, write_tables
+from hirescam_jax.table_text import Table
+from hirescam_jax.values import Values
 
 
 def interval(value: float | None, half: float = 0.05) -> dict[str, float | None]:
@@ -20,19 +27,26 @@ def interval(value: float | None, half: float = 0.05) -> dict[str, float | None]
     return {"value": value, "low": value - half, "high": value + half}
 
 
-def evaluation(auroc: float, iou: float) -> dict[str, Any]:
+def evaluation(auroc: float, iou: float, kind: str = "exact") -> dict[str, Any]:
     def measure(value: float, **rest: Any) -> dict[str, Any]:
         labels = {"nodule": interval(value), "a_b 100%": interval(None)}
-        return {"mean": interval(value), "labels": labels, **rest}
+        return {"mean": interval(value), "defined": 1, "labels": labels, **rest}
 
+    regions = {"left_lung": {**interval(iou - 0.1), "pairs": 7}}
+    maps = {"hirescam": {"holds": kind == "exact"}, "gradcam": {"holds": False}}
     return {
         "volumes": 40,
+        "content": "abc",
+        "head": {"kind": kind, "maps": maps},
         "auroc": measure(auroc),
         "average_precision": measure(auroc / 2),
+        "calibration": {"expected_calibration_error": measure(0.1)},
         "organ_iou": {
-            "hirescam": measure(iou, regions={"left_lung": interval(iou - 0.1)}),
+            "hirescam": measure(iou, regions=regions),
             "gradcam": measure(iou / 2),
+            "organ_prior": measure(0.7),
         },
+        "completeness": {"mean": 1e-6, "worst": 1e-5},
     }
 
 
@@ -55,13 +69,17 @@ def test_what_is_not_defined_stays_empty():
     assert rows["nodule", "mask_loss"]["AUROC"] == "0.8"
     assert "| a_b 100% | baseline | – |" in built.markdown()
     assert r"a\_b 100\% & baseline & –" in built.latex()
+    models = tables(TWO)["models"]
+    assert "OrganIoU random map" not in models.names  # a column without any value
+    assert [row[0] for row in models.rows] == [(n, "1 of 2", "exact") for n in TWO]
 
 
 def test_organs_where_an_evaluation_has_them():
     (first, second) = csv.DictReader(io.StringIO(tables(TWO)["organs"].csv()))
     assert (first["organ"], first["model"]) == ("left_lung", "baseline")
     assert float(second["OrganIoU HiResCAM"]) == pytest.approx(0.35)
-    assert first["AUROC"] == ""
+    assert "AUROC" not in first
+    assert first["pairs"] == "7"
     without = copy.deepcopy(TWO)
     for one in without.values():
         del one["organ_iou"]["hirescam"]["regions"]
@@ -70,7 +88,7 @@ def test_organs_where_an_evaluation_has_them():
 
 def test_the_best_of_each_column_stands_out():
     markdown = tables(TWO)["models"].markdown()
-    assert "| baseline | **0.812 [0.762, 0.862]** |" in markdown
+    assert "| baseline | 1 of 2 | exact | **0.812 [0.762, 0.862]** |" in markdown
     assert "**0.450 [0.400, 0.500]**" in markdown
     assert "**0.800" not in markdown
     assert "40 volumes" in markdown
@@ -84,9 +102,198 @@ def test_latex_is_balanced():
         text = table.latex()
         body = [line for line in text.splitlines() if line.endswith(r"\\")]
         columns = len(table.head) + len(table.names)
+        assert "longtable" not in text
         assert {line.count("&") for line in body} == {columns - 1}
         assert text.count(r"\begin") == text.count(r"\end") == 2
         assert text.count("{") == text.count("}")
+
+
+def test_latex_of_any_text_and_of_long_tables():
+    text = "p#1 $x^2$ {q} ~z <5mm & [c] \\"
+    one = Table(text, ("a",), ("b",), (((text,), (interval(0.5),)),)).latex()
+    escaped = (
+        r"p\#1 \$x\textasciicircum{}2\$ \{q\} \textasciitilde{}z \textless{}5mm \& [c]"
+        r" \textbackslash{}"
+    )
+    assert rf"\caption{{{escaped}}}" in one
+    assert rf"{escaped} & 0.500 [0.450, 0.550] \\" in one
+    assert "{[}c] & 0.5" in Table("t", ("a",), ("b",), ((("[c]",), (interval(0.5),)),)).latex()
+    rows = tuple(((str(i),), (interval(0.5),)) for i in range(41))
+    many = Table("t", ("a",), ("b",), rows).latex()
+    assert many.count(r"\begin{longtable}") == many.count(r"\end{longtable}") == 1
+    assert many.count(r"\endhead") == 1
+
+
+def test_maps_without_a_guarantee_are_marked():
+    built = tables({"axial": TWO["baseline"], "body": evaluation(0.7, 0.9, "none")})["models"]
+    markdown, rows = built.markdown(), list(csv.DictReader(io.StringIO(built.csv())))
+    body = next(line for line in markdown.splitlines() if "| body |" in line)
+    axial = next(line for line in markdown.splitlines() if "| axial |" in line)
+    assert "**0.900 [0.850, 0.950]**†" in body
+    assert "0.300 [0.250, 0.350] |" in axial
+    assert "† By this head the map need not account for the score" in markdown
+    assert r"\textbf{0.900 [0.850, 0.950]}$^\dagger$" in built.latex()
+    assert [row["OrganIoU HiResCAM guaranteed"] for row in rows] == ["yes", "no"]
+    assert [row["head"] for row in rows] == ["exact", "none"]
+    assert "OrganIoU organ prior guaranteed" not in rows[0]
+
+
+def test_means_over_fewer_labels_are_not_compared():
+    fewer = evaluation(0.7, 0.9)
+    fewer["organ_iou"]["hirescam"]["defined"] = 0
+    built = tables({"all": TWO["baseline"], "more": TWO["mask_loss"], "fewer": fewer})["models"]
+    markdown = built.markdown()
+    assert "| 0.900 [0.850, 0.950] (0 labels) |" in markdown
+    assert "**0.450 [0.400, 0.500]** |" in markdown
+    rows = list(csv.DictReader(io.StringIO(built.csv())))
+    assert [row["OrganIoU HiResCAM labels"] for row in rows] == ["1", "1", "0"]
+
+
+def test_both_splits():
+    both = {name: {**one, "validation": one} for name, one in TWO.items()}
+    built = tables(both)
+    assert set(built) == {
+        f"{k}{s}" for k in ("models", "labels", "organs") for s in ("", "_validation")
+    }
+    assert built["models"].title.startswith("Means over labels, test split, 40 volumes")
+    markdown = built["models_validation"].markdown()
+    assert "validation split, 40 volumes" in markdown
+    assert "in-sample" in markdown
+    assert "in-sample" not in built["models"].markdown()
+    assert "0.150 [0.100, 0.200]†" in markdown  # the head's verdict is of the run
+    alone = tables({n: {**one, "split": "validation"} for n, one in TWO.items()})
+    assert "in-sample" in alone["models"].markdown()
+
+
+def test_runs_of_other_volumes_are_marked():
+    built = tables({**TWO, "other": {**TWO["mask_loss"], "content": "xyz"}})["models"]
+    assert [row[0][0] for row in built.rows] == ["baseline", "mask_loss", "other ‡"]
+    assert "‡ Measured on other volumes" in built.markdown()
+
+
+def test_lesions_have_a_table_of_their_own():
+    keys = ["iou", "dice", "otsu_iou", "pointing", "energy", "rank_accuracy", "average_precision"]
+    lesions = {"hirescam": {key: {"mean": interval(0.25)} for key in keys}}
+    built = tables({"one": {**TWO["baseline"], "lesions": lesions}})["lesions"]
+    assert built.rows[0][0] == ("one", "HiResCAM")
+    assert "energy" in built.names
+    assert "| one | HiResCAM | 0.250 [0.200, 0.300] |" in built.markdown()
+
+
+def header(**data: Any) -> Header:
+    config = Config(data=StoreData("store", **data), mask_weight=1 / 3)
+    return Header(config, ("a",), ("b",), (6, 8, 8), (1.0, 1.0, 1.0))
+
+
+def test_masks_have_the_papers_layout():
+    ways = [(m, d) for m in ("nearest", "area", "trilinear") for d in (False, True)]
+    headers = {f"{m}_{d}": header(mask_method=m, dilate=d) for m, d in ways}
+    evaluations = {n: evaluation(0.8, 0.1 * (i + 2)) for i, n in enumerate(headers)}
+    other = Header(Config(data=StoreData("store")), *list(vars(header()).values())[1:5])
+    headers["baseline"], evaluations["baseline"] = other, evaluation(0.8, 0.1)
+    (table,) = mask_tables(evaluations, headers).values()
+    rows = list(csv.DictReader(io.StringIO(table.csv())))
+    assert [row["masks by"] for row in rows] == ["nearest", "area", "trilinear"]
+    found = [
+        float(row[f"OrganIoU HiResCAM, {w}"]) for row in rows for w in ("not dilated", "dilated")
+    ]
+    assert found == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    assert mask_tables(evaluations, {"baseline": other}) == {}
+
+
+# -- differences ----------------------------------------------------------------------------------
+
+
+def values(seed: int, gain: float = 0.0, patients: Any = None, **change: Any) -> Values:
+    """Of 60 volumes, two labels "a", "b"; the truth is the same for all seeds."""
+    truth = np.random.default_rng(0).random((60, 2)) < 0.4
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(60, 2)) + (1 + gain) * truth
+    iou = np.where(truth, 0.4 + gain + 0.1 * rng.random((60, 2)), np.nan)
+    names = np.array([f"{i:02d}" for i in range(60)] if patients is None else patients)
+    found = Values(("a", "b"), names, "abc", logits, truth, {"hirescam": iou, "gradcam": iou / 2})
+    return found._replace(**change)
+
+
+def test_differences_by_hand():
+    first, second = values(1), values(2, gain=0.2)
+    built = difference_tables({"base": first, "loss": second}, resamples=200)
+    (row,) = csv.DictReader(io.StringIO(built["differences"].csv()))
+    runs = [run.organ_iou["hirescam"] for run in (first, second)]
+    before, after = (np.nanmean(iou, axis=0).mean() for iou in runs)
+    assert row["model"] == "loss"
+    assert row["labels"] == "2 of 2"
+    assert float(row["OrganIoU HiResCAM"]) == pytest.approx(after - before, rel=1e-4)
+    relative = float(row["OrganIoU HiResCAM, relative"])
+    assert relative == pytest.approx(after / before - 1, rel=1e-4)
+    assert "+" in built["differences"].markdown()
+
+    def difference(cases: np.ndarray) -> np.ndarray:
+        drawn = [
+            [np.moveaxis(x[cases], 2, 1) for x in (v.logits, v.truth)] for v in (first, second)
+        ]
+        parts = [auroc(*one) for one in drawn]
+        return (parts[1] - parts[0]).mean(1, keepdims=True)
+
+    expected = [float(x[0]) for x in bootstrap(difference, 60, 200)]
+    found = [float(row[f"AUROC{end}"]) for end in ("", " low", " high")]
+    assert found == pytest.approx(expected, abs=1e-5)
+    labels = {r["label"]: r for r in csv.DictReader(io.StringIO(built["differences_labels"].csv()))}
+    for k, label in enumerate("ab"):
+        test = delong_test(second.logits[:, k], first.logits[:, k], first.truth[:, k])
+        assert float(labels[label]["AUROC"]) == pytest.approx(test.difference, rel=1e-4)
+        assert float(labels[label]["AUROC p"]) == pytest.approx(test.p, rel=1e-4)
+
+
+def test_differences_from_another_run_and_of_equal_runs():
+    runs = {"base": values(1), "loss": values(2, gain=0.2)}
+    built = difference_tables({**runs, "again": values(2, gain=0.2)}, "loss", resamples=50)
+    rows = {r["model"]: r for r in csv.DictReader(io.StringIO(built["differences"].csv()))}
+    assert set(rows) == {"base", "again"}
+    assert float(rows["base"]["OrganIoU HiResCAM"]) < 0
+    for name in ("AUROC", "OrganIoU HiResCAM", "OrganIoU Grad-CAM, relative"):
+        assert float(rows["again"][name]) == 0
+        assert rows["again"][f"{name} low"] == ""  # all resamples agree
+    with pytest.raises(UserError, match="--against none: no such run here: choose from base, loss"):
+        difference_tables(runs, "none")
+
+
+@pytest.mark.parametrize("against", ["base", "ctnet"])
+def test_differences_with_a_network_without_maps(against):
+    runs = {"base": values(1), "ctnet": values(2, organ_iou={}), "loss": values(3, gain=0.1)}
+    for table in difference_tables(runs, against, resamples=20).values():
+        rows = {r["model"]: r for r in csv.DictReader(io.StringIO(table.csv()))}
+        assert all(row["AUROC"] for row in rows.values())
+        if against == "ctnet":
+            assert "OrganIoU HiResCAM" not in rows["loss"]
+        else:
+            assert rows["ctnet"]["OrganIoU HiResCAM"] == ""
+            assert float(rows["loss"]["OrganIoU HiResCAM"]) > 0
+        assert table.markdown()
+        assert table.latex()
+
+
+def test_differences_are_of_the_same_volumes_labels_and_patients():
+    order = values(2)._replace(labels=("b", "a"))
+    other = values(3)._replace(content="xyz")
+    built = difference_tables({"base": values(1), "order": order, "other": other}, resamples=50)
+    assert [row[0][0] for row in built["differences"].rows] == ["order"]
+    assert "left out: other" in built["differences"].markdown()
+    apart = {"base": values(1), "other": other}
+    assert difference_tables(apart) == {}
+    with pytest.raises(UserError, match="--against base: no other run was measured on the same"):
+        difference_tables(apart, "base")
+    twice = [str(i // 2) for i in range(60)]
+    runs = {"base": values(1, patients=twice), "loss": values(2, patients=twice)}
+    built = difference_tables(runs, resamples=50)
+    (row, _) = csv.DictReader(io.StringIO(built["differences_labels"].csv()))
+    one, other = (run.logits[:, 0] for run in runs.values())
+    test = delong_test(other, one, runs["base"].truth[:, 0], twice)
+    assert float(row["AUROC p"]) == pytest.approx(test.p, rel=1e-4)
+    assert "30 patients" in built["differences"].title
+
+
+# -- files and the command ------------------------------------------------------------------------
 
 
 def write_run(folder: Path, value: Any) -> Path:
@@ -97,17 +304,48 @@ def write_run(folder: Path, value: Any) -> Path:
 
 def test_command(tmp_path: Path, capsys):
     runs = [str(write_run(tmp_path / name, value)) for name, value in TWO.items()]
-    main(["table", *runs, "--out", str(tmp_path / "tables")])
+    for seed, run in enumerate(runs):
+        values(seed).save(Path(run) / "evaluation_test.npz")
+    main(["table", *runs, "--out", str(tmp_path / "tables"), "--against", "mask_loss"])
     written = sorted(path.name for path in (tmp_path / "tables").iterdir())
-    kinds = ("labels", "models", "organs")
+    kinds = ("differences", "differences_labels", "labels", "models", "organs")
     assert written == sorted(f"{k}.{s}" for k in kinds for s in ("csv", "md", "tex"))
     printed = capsys.readouterr().out
     assert (tmp_path / "tables" / "models.md").read_text() in printed
 
 
+def test_damaged_and_missing_values(tmp_path: Path):
+    runs = [write_run(tmp_path / name, value) for name, value in TWO.items()]
+    assert set(all_tables(runs)) == {"models", "labels", "organs"}
+    with pytest.raises(UserError, match=r"evaluation_test\.npz is not there: run `hirescam eval"):
+        all_tables(runs, "baseline")
+    for run in runs:
+        (run / "evaluation_test.npz").write_bytes(b"PK no archive")
+    with pytest.raises(UserError, match=r"evaluation_test\.npz: .* run `hirescam evaluate` again"):
+        all_tables(runs)
+    for run in runs:
+        values(1, content="xyz").save(run / "evaluation_test.npz")
+    with pytest.raises(UserError, match="is not of the evaluation beside it"):
+        all_tables(runs)
+
+
+def damaged(**parts: Any) -> str:
+    return json.dumps({**TWO["baseline"], **parts})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not an evaluation"), ("{}", "not an evaluation"), ("[1]", "not an evaluation")],
+    [
+        ("{", "not an evaluation"),
+        ("{}", "not an evaluation"),
+        ("[1]", "not an evaluation"),
+        (damaged(volumes=None), "volumes is no number"),
+        (damaged(auroc=5), "not an evaluation"),
+        (damaged(auroc={**TWO["baseline"]["auroc"], "mean": 3}), "not an evaluation"),
+        (damaged(auroc={**TWO["baseline"]["auroc"], "mean": {"value": "x"}}), "not an evaluation"),
+        (damaged(validation={}), "not an evaluation"),
+        (damaged(completeness={"mean": float("nan")}), "NaN in it"),
+    ],
 )
 def test_bad_evaluations(tmp_path: Path, content: str, message: str):
     run = write_run(tmp_path / "run", content)
@@ -128,7 +366,20 @@ def test_runs_that_are_not_there_or_alike(tmp_path: Path):
         read_evaluations([])
 
 
+def test_runs_that_cannot_be_compared(tmp_path: Path):
+    text = json.dumps(TWO["baseline"]).replace("nodule", "mass")
+    runs = [write_run(tmp_path / "a", TWO["baseline"]), write_run(tmp_path / "b", text)]
+    with pytest.raises(UserError, match=r"have other labels \(nodule: only 'a' has it") as caught:
+        read_evaluations(runs)
+    assert "\n" not in str(caught.value)
+    runs[1] = write_run(tmp_path / "c", {**TWO["baseline"], "split": "validation"})
+    with pytest.raises(UserError, match="'a' was measured on the test split, 'c' on the val"):
+        read_evaluations(runs)
+
+
 def test_files_are_replaced_whole(tmp_path: Path):
-    write_tables(TWO, tmp_path)
-    write_tables({"mask_loss": TWO["mask_loss"]}, tmp_path)
+    write_tables(tables(TWO), tmp_path)
+    (tmp_path / "masks.tex").write_text("of other runs")
+    write_tables(tables({"mask_loss": TWO["mask_loss"]}), tmp_path)
+    assert not (tmp_path / "masks.tex").exists()
     assert "baseline" not in (tmp_path / "models.csv").read_text()

@@ -110,9 +110,48 @@ class ChosenLabels:
         return {**item, **chosen}
 
 
+class PermutedLabels:
+    """A source whose findings are those of other patients, as a random permutation has it: what a
+    model learns from it has nothing to do with its volumes (label randomisation, Adebayo et al.,
+    NeurIPS 2018). The volumes of a patient get those of one other, in turn. A patient may be its
+    own other, as in any permutation."""
+
+    def __init__(self, source: Source, seed: int):
+        self.source, self.labels, self.regions = source, source.labels, source.regions
+        self.shape, self.spacing_mm = source.shape, source.spacing_mm
+        self.digest = digest_of(source)
+        patients = patients_of(source) or [str(i) for i in range(len(source))]
+        number = np.unique(patients, return_inverse=True)[1]
+        volumes = [np.flatnonzero(number == n) for n in range(number.max() + 1)]
+        others = np.random.default_rng(seed).permutation(len(volumes))
+        self.other = np.empty(len(source), int)
+        for own, other in zip(volumes, others, strict=True):
+            self.other[own] = np.resize(volumes[other], len(own))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any) -> Batch:
+        return self._permuted(index, self.source[index])
+
+    def read(self, index: Any, volume_out: np.ndarray, slices: slice) -> Batch:
+        bounds = slices.start, slices.stop
+        return self._permuted(index, _read_into(self.source, index, volume_out, bounds))
+
+    def _permuted(self, index: Any, item: Batch) -> Batch:
+        return {**item, "findings": findings_of(self.source, int(self.other[int(index)]))}
+
+
+def findings_of(source: Source, index: int) -> np.ndarray:
+    """Findings [K, R] of a volume; of a store without reading its voxels."""
+    if isinstance(source, ChosenLabels):
+        return findings_of(source.source, index)[source.rows]
+    return source.head(index)[1] if isinstance(source, Store) else source[index]["findings"]
+
+
 def patients_of(source: Source) -> list[str] | None:
     """The patient of each volume; None where a data set has one volume a patient."""
-    if isinstance(source, ChosenLabels):
+    if isinstance(source, ChosenLabels | PermutedLabels):
         return patients_of(source.source)
     return source.patients() if isinstance(source, Store) else None
 

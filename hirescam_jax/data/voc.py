@@ -9,6 +9,7 @@
 M. Everingham et al., The PASCAL Visual Object Classes Challenge: a Retrospective, IJCV 2015.
 """
 
+import copy
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,6 +117,16 @@ class VOC:
         before, out = len(self.names), set(names)
         self.names = tuple(name for name in self.names if name not in out)
         return before - len(self.names)
+
+    def split_off(self, share: float, seed: int) -> "VOC":
+        """Takes a random part of the photos out, at least one; returns them as another set."""
+        count = max(1, round(share * len(self.names)))
+        order = np.random.default_rng(seed).permutation(len(self.names))
+        chosen = {self.names[i] for i in order[:count]}
+        other = copy.copy(self)
+        other.names = tuple(name for name in self.names if name in chosen)
+        self.without(other.names)
+        return other
 
     def __len__(self) -> int:
         return len(self.names)

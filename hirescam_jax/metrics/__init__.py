@@ -1,15 +1,28 @@
 """Measures, one file a question; they import nothing of the rest of the package.
 
-predictions.py    are the predictions right? AUROC with DeLong's variance, calibration, bootstrap
+predictions.py    are the predictions right? AUROC with DeLong's variance, average precision
+calibration.py    are their probabilities?
+intervals.py      how sure is that? the bootstrap, by patient
 masks.py          does a map lie where it should? OrganIoU, IoU, Dice, pointing game, energy
 faithfulness.py   does the model use what the map shows? insertion and deletion, ROAD
 sanity.py         does the map depend on the model, and come out again? randomisation, similarity
 baselines.py      maps that no model made
 
-What is not defined (a label without positives, an empty mask) is NaN: missing, and never 0.
+What is not defined (a label without positives, an empty mask, a map that is NaN) is NaN: missing,
+and never 0.
 """
 
 from hirescam_jax.metrics.baselines import centre_blob, organ_prior, random_maps
+from hirescam_jax.metrics.calibration import (
+    CalibrationError,
+    Reliability,
+    bin_of,
+    brier_score,
+    calibration_error_of_bins,
+    calibration_interval,
+    expected_calibration_error,
+    reliability,
+)
 from hirescam_jax.metrics.faithfulness import (
     Curve,
     Road,
@@ -19,6 +32,7 @@ from hirescam_jax.metrics.faithfulness import (
     linear_imputation,
     road,
 )
+from hirescam_jax.metrics.intervals import bootstrap
 from hirescam_jax.metrics.masks import (
     ORGAN_IOU_THRESHOLDS,
     Overlap,
@@ -34,17 +48,11 @@ from hirescam_jax.metrics.masks import (
 from hirescam_jax.metrics.predictions import (
     DeLong,
     PairedTest,
-    Reliability,
     auroc,
     average_precision,
-    bin_of,
-    bootstrap,
-    brier_score,
     delong,
     delong_test,
-    expected_calibration_error,
     nan_mean,
-    reliability,
 )
 from hirescam_jax.metrics.sanity import (
     Similarity,
@@ -58,6 +66,7 @@ from hirescam_jax.metrics.sanity import (
 
 __all__ = [
     "ORGAN_IOU_THRESHOLDS",
+    "CalibrationError",
     "Curve",
     "DeLong",
     "Overlap",
@@ -72,6 +81,8 @@ __all__ = [
     "blur",
     "bootstrap",
     "brier_score",
+    "calibration_error_of_bins",
+    "calibration_interval",
     "cascading_randomization",
     "centre_blob",
     "deletion",

@@ -3,7 +3,10 @@
 All take `model` (volumes [n, *volume] -> logits [n, K]), volumes [B, *volume] and maps [B, L,
 *grid]. The volume has the spatial axes of the grid; an axis of channels may follow. Maps on a
 coarser grid are brought to the volume by linear interpolation; raw, signed maps are best, since a
-ReLU leaves cells without an order. A score is the sigmoid of the map's own label.
+ReLU leaves cells without an order. Equal cells come in a random order, a function of `key` and of
+the grid alone: by their position, the score of a map without any order would tell where the model
+looks. A score is the sigmoid of the map's own label; a map that holds a NaN has NaN scores. Volumes
+and maps of integers are taken as floats.
 
 One compiled program for all volumes and labels; at a time the model sees `chunk` volumes, which
 bounds the memory. Give `jax.tree_util.Partial(apply, variables)` to compile once for all variables.
@@ -20,6 +23,8 @@ from jax.core import Tracer
 from jax.scipy.sparse.linalg import cg
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
+
+from hirescam_jax.metrics.arrays import floating
 
 # A sparser system needs more of both: a hole of n cells across about n iterations.
 TOLERANCE = 1e-5
@@ -53,6 +58,7 @@ def deletion(
     *,
     fill: Any = 0.0,
     steps: int = 32,
+    key: Array | None = None,
     chunk: int = 8,
 ) -> Curve:
     """The score while cells are replaced by `fill`, the strongest first (Petsiuk et al., RISE,
@@ -62,12 +68,14 @@ def deletion(
         labels: of the maps: [L] or [B, L]; None for all, L = K.
         fill: scalar or [B, *volume]: what stands for nothing.
         steps: equal steps from the whole volume to none of it.
+        key: of the order of equal cells; jax.random.key(0) by default.
 
     Raises:
         ValueError: shapes that do not fit, or a label that is out of range.
     """
+    volumes = floating(volumes)
     fill = jnp.broadcast_to(jnp.asarray(fill, volumes.dtype), volumes.shape)
-    return _curve(model, volumes, fill, maps, labels, steps, chunk)
+    return _curve(model, volumes, fill, maps, labels, steps, key, chunk)
 
 
 def insertion(
@@ -78,6 +86,7 @@ def insertion(
     *,
     start: Any = 0.0,
     steps: int = 32,
+    key: Array | None = None,
     chunk: int = 8,
 ) -> Curve:
     """The score while the cells of the volume are put into `start`, the strongest first (Petsiuk et
@@ -87,8 +96,9 @@ def insertion(
         start: scalar or [B, *volume].
         Others, and errors, as `deletion`.
     """
+    volumes = floating(volumes)
     start = jnp.broadcast_to(jnp.asarray(start, volumes.dtype), volumes.shape)
-    return _curve(model, start, volumes, maps, labels, steps, chunk)
+    return _curve(model, start, volumes, maps, labels, steps, key, chunk)
 
 
 def road(
@@ -108,13 +118,14 @@ def road(
     replaced by noisy linear imputation, which leaves no edge that would tell what was removed.
 
     Args:
-        key: of the noise, which is the same for all maps.
+        key: of the noise, which is the same for all maps, and of the order of equal cells.
         noise: standard deviation of what is added to imputed cells, in the volumes' unit.
         tolerance, max_iterations: as `linear_imputation`.
         Others, and errors, as `deletion`; also for a fraction outside (0, 1).
     """
     if not all(0 < f < 1 for f in fractions):
         raise ValueError(f"fractions must lie between 0 and 1, got {tuple(fractions)}")
+    volumes, maps = floating(volumes), floating(maps)
     model, labels = _checked(model, volumes, maps, labels)
     most, least = _road(
         model,
@@ -159,7 +170,7 @@ def linear_imputation(
         raise ValueError(f"volumes {volumes.shape} and removed {removed.shape} must agree")
 
     removed = jnp.asarray(removed).astype(bool)
-    return _imputed(jnp.asarray(volumes), removed, tolerance, max_iterations)
+    return _imputed(floating(volumes), removed, tolerance, max_iterations)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -202,6 +213,7 @@ def _neighbours(x: Array) -> Array:
 def blur(volumes: Array, sigma: float, spatial_axes: int) -> Array:
     """Gaussian blur of the `spatial_axes` axes behind the first, to three sigma; the cells at
     the border go on outside."""
+    volumes = floating(volumes)
     radius = max(1, round(3 * sigma))
     offsets = np.arange(-radius, radius + 1)
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
@@ -217,23 +229,25 @@ def blur(volumes: Array, sigma: float, spatial_axes: int) -> Array:
 
 
 def _curve(
-    model: Any, first: Any, last: Any, maps: Any, labels: Any, steps: int, chunk: int
+    model: Any, first: Any, last: Any, maps: Any, labels: Any, steps: int, key: Any, chunk: int
 ) -> Curve:
     """The score from `first` to `last`, whose cells are taken strongest first."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    maps = floating(maps)
     model, labels = _checked(model, first, maps, labels)
-    scores = _curve_scores(model, first, last, maps, labels, steps=steps, chunk=chunk)
+    key = jax.random.key(0) if key is None else key
+    scores = _curve_scores(model, first, last, maps, labels, key, steps=steps, chunk=chunk)
     fractions = jnp.linspace(0, 1, steps + 1)
     return Curve(fractions, scores, jnp.trapezoid(scores, fractions, axis=-1))
 
 
 @partial(jax.jit, static_argnames=("steps", "chunk"))
 def _curve_scores(
-    model: Any, first: Any, last: Any, maps: Any, labels: Any, *, steps: int, chunk: int
+    model: Any, first: Any, last: Any, maps: Any, labels: Any, key: Array, *, steps: int, chunk: int
 ) -> Array:
     def one_map(b: Array, map_: Array, label: Array) -> Array:
-        rank = _ranks(map_, first.shape[1 : maps.ndim - 1])
+        rank = _ranks(map_, first.shape[1 : maps.ndim - 1], key)
         # In float32 a product would not tell the cells of a large volume apart.
         taken = jnp.asarray(np.round(np.arange(steps + 1) * (rank.size / steps)).astype(np.int32))
 
@@ -262,7 +276,7 @@ def _road(
     noise_of_cells = noise * jax.random.normal(key, volumes.shape[1:], volumes.dtype)
 
     def one_map(b: Array, map_: Array, label: Array) -> Array:
-        rank = _ranks(map_, volumes.shape[1 : maps.ndim - 1])
+        rank = _ranks(map_, volumes.shape[1 : maps.ndim - 1], jax.random.fold_in(key, 1))
         counts = jnp.asarray(np.round(np.array(fractions) * rank.size).astype(np.int32))
 
         def changed(order: tuple[Array, Array]) -> Array:
@@ -284,14 +298,18 @@ def _road(
 
 
 def _each_map(function: Callable[..., Array], maps: Array, labels: Array) -> Array:
-    """One map after the other: [B, L, ...] of `function(b, map, label)`."""
+    """One map after the other: [B, L, ...] of `function(b, map, label)`, NaN of a NaN map."""
     batch, count = maps.shape[:2]
     pairs = (
         jnp.repeat(jnp.arange(batch), count),
         maps.reshape(-1, *maps.shape[2:]),
         labels.reshape(-1),
     )
-    results = jax.lax.map(lambda pair: function(*pair), pairs)
+
+    def of_pair(pair: tuple[Array, Array, Array]) -> Array:
+        return jnp.where(jnp.isnan(pair[1]).any(), jnp.nan, function(*pair))
+
+    results = jax.lax.map(of_pair, pairs)
     return results.reshape(batch, count, *results.shape[1:])
 
 
@@ -310,12 +328,12 @@ def _scores(model: Any, changed: Callable, changes: Any, label: Array, chunk: in
     return jax.lax.map(some, changes).reshape(-1)[:count]
 
 
-def _ranks(map_: Array, shape: Sequence[int]) -> Array:
-    """Each cell's place, 0 the strongest, on the grid of the volume; equal cells by position."""
+def _ranks(map_: Array, shape: Sequence[int], key: Array) -> Array:
+    """Each cell's place, 0 the strongest, on the grid of the volume; equal cells at random."""
     method = jax.image.ResizeMethod.LINEAR
     fine = jax.image.resize(map_, tuple(shape), method, antialias=False).reshape(-1)
-    order = jnp.argsort(-fine)
     places = jnp.arange(fine.size, dtype=jnp.int32)
+    order = jax.lax.sort((-fine, jax.random.bits(key, fine.shape), places), num_keys=2)[2]
     return jnp.zeros_like(places).at[order].set(places, unique_indices=True).reshape(tuple(shape))
 
 

@@ -2,7 +2,8 @@
 
 Maps are [B, K, *grid] with any number of spatial axes. `void` (bool, the shape of the masks) marks
 cells that count neither as hit nor as miss, as PASCAL VOC's 255 does. A map whose mask has no cell
-left is NaN: there is nothing to find, which is not a miss. Everything works under `jit`.
+left is NaN: there is nothing to find, which is not a miss. So is a map with a NaN in a cell that
+counts. Maps of integers or bool are taken as floats. Everything works under `jit`.
 """
 
 from functools import partial
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
+
+from hirescam_jax.metrics.arrays import floating, namespace
 
 # The paper's 53 thresholds: .004 .008 .012 .016, and .02 to .98 by .02 (arXiv 2111.12215).
 ORGAN_IOU_THRESHOLDS = np.concatenate([np.arange(1, 5) / 250, np.arange(1, 50) / 50])
@@ -26,9 +29,9 @@ class Overlap(NamedTuple):
 
 
 def organ_iou(
-    maps: Float[Array, "B K *grid"],
+    maps: Array | np.ndarray,
     allowed: Array | np.ndarray,
-    thresholds: Float[Array | np.ndarray, "T"],
+    thresholds: Any,
     *,
     void: Array | np.ndarray | None = None,
     authors_zero_without_outside: bool = False,
@@ -36,38 +39,49 @@ def organ_iou(
     """OrganIoU: the share of the attended cells that lie in the allowed organ.
 
     A = cells of the map above the threshold inside the allowed region, B = those outside;
-    OrganIoU = A / (A + B), and 0 where nothing is above the threshold (arXiv 2111.12215). It is
-    meant for labels that are present: an empty region gives 0, to be left out by the caller.
+    OrganIoU = A / (A + B), and 0 where nothing is above the threshold (arXiv 2111.12215). NaN, to
+    be left out of means, where no map could be right or none wrong: an allowed region without a
+    cell (an absent label, an organ that is not in the volume), or one that is the whole grid (a
+    finding that may be anywhere), of which every map would have 1.
 
     Args:
-        maps: normalised maps (`normalize_map`), in [0, 1].
+        maps: [B, K, *grid], normalised (`normalize_map`), in [0, 1].
         allowed: [B, K, *grid], bool or {0, 1}.
-        thresholds: [T].
+        thresholds: [T]; NaN at one that is NaN.
         void: cells that are left out of A and of B.
         authors_zero_without_outside: 0 where B = 0, as in the authors' public code, by which a
-            map wholly inside its organ scores worst. Only to compare with figures made so.
+            map wholly inside its organ scores worst; 0 too for a region without a cell, and for the
+            whole grid. Only to compare with figures made so.
 
     Raises:
         ValueError: shapes that differ, or a void that leaves nothing.
     """
-    _check(maps, allowed, void, "allowed")
-    axes = tuple(range(2, maps.ndim))
-    inside = jnp.asarray(allowed).astype(bool)
-    counted = None if void is None else ~jnp.asarray(void).astype(bool)
+    maps, inside, counted = _cells(floating(maps), allowed, void, "allowed")
+    thresholds = floating(thresholds).astype(maps.dtype)
+    return _organ_iou(maps, inside, counted, thresholds, authors_zero_without_outside)
+
+
+@partial(jax.jit, static_argnums=4)
+def _organ_iou(
+    maps: Array, inside: Array, counted: Array, thresholds: Array, authors: bool
+) -> Array:
+    known = _known(maps, counted)
+    if not authors:
+        known &= inside.any(-1) & (counted & ~inside).any(-1)
 
     def at(threshold: Array) -> Array:
-        above = maps > threshold
-        above = above if counted is None else above & counted
-        hits, all_above = jnp.sum(above & inside, axis=axes), jnp.sum(above, axis=axes)
-        if authors_zero_without_outside:
+        above = (maps > threshold) & counted
+        hits, all_above = (above & inside).sum(-1), above.sum(-1)
+        if authors:
             hits = jnp.where(hits == all_above, 0, hits)
-        return hits / jnp.maximum(all_above, 1)
+        value = hits / jnp.maximum(all_above, 1)
+        return jnp.where(known & ~jnp.isnan(threshold), value, jnp.nan)
 
-    return jnp.moveaxis(jax.lax.map(at, jnp.asarray(thresholds, maps.dtype)), 0, -1)
+    return jnp.moveaxis(jax.lax.map(at, thresholds), 0, -1).astype(maps.dtype)
 
 
 def overlap(
-    maps: Float[Array | np.ndarray, "B K *grid"],
+    maps: Array | np.ndarray,
     masks: Array | np.ndarray,
     thresholds: Any,
     void: Array | np.ndarray | None = None,
@@ -75,45 +89,50 @@ def overlap(
     """IoU (Jaccard) and Dice of the cells above a threshold and the mask.
 
     Args:
-        maps: raw or normalised.
+        maps: [B, K, *grid], raw or normalised.
         masks: [B, K, *grid], bool or {0, 1}: where the object is.
-        thresholds: [T] for all, or [B, K, T], such as `otsu_threshold(maps)[..., None]`. One that
-            is to be reported is chosen on other data: `best_threshold` of a validation split.
+        thresholds: [T] for all, or [B, K, T], such as `otsu_threshold(maps)[..., None]`; NaN at
+            one that is NaN. One that is to be reported is chosen on other data: `best_threshold` of
+            a validation split.
 
     Raises:
         ValueError: shapes that differ, or a void that leaves nothing.
     """
-    maps, inside, counted = _cells(jnp.asarray(maps), masks, void)
-    thresholds = jnp.asarray(thresholds, maps.dtype)
+    maps, inside, counted = _cells(floating(maps), masks, void)
+    thresholds = floating(thresholds).astype(maps.dtype)
     each = jnp.broadcast_to(thresholds, (*maps.shape[:2], thresholds.shape[-1]))
-    return _overlap(maps, inside & counted, counted, each)
+    return _overlap(maps, inside, counted, each)
 
 
 @jax.jit
 def _overlap(maps: Array, inside: Array, counted: Array, each: Array) -> Overlap:
     size = inside.sum(-1)
+    known = (size > 0) & _known(maps, counted)
 
     def at(threshold_BK: Array) -> tuple[Array, Array]:
         above = (maps > threshold_BK[..., None]) & counted
         return (above & inside).sum(-1), above.sum(-1)
 
-    both, above = jax.lax.map(at, jnp.moveaxis(each, -1, 0))
-    iou = jnp.where(size > 0, both / jnp.maximum(above + size - both, 1), jnp.nan)
-    dice = jnp.where(size > 0, 2 * both / jnp.maximum(above + size, 1), jnp.nan)
+    each = jnp.moveaxis(each, -1, 0)
+    both, above = jax.lax.map(at, each)
+    known &= ~jnp.isnan(each)
+    iou = jnp.where(known, both / jnp.maximum(above + size - both, 1), jnp.nan)
+    dice = jnp.where(known, 2 * both / jnp.maximum(above + size, 1), jnp.nan)
     return Overlap(jnp.moveaxis(iou, 0, -1), jnp.moveaxis(dice, 0, -1))
 
 
-def best_threshold(scores: Float[np.ndarray, "N K T"]) -> np.ndarray:
-    """Per label the index of the threshold with the best mean over the volumes in which it is
-    defined; the first where it never is. Chosen on validation, to be frozen for the test."""
+def best_threshold(scores: Float[np.ndarray, "N K T"]) -> Float[np.ndarray, "K"]:
+    """Per label the number (as a float) of the threshold with the best mean over the volumes in
+    which it is defined; NaN where it never is, so that no threshold was chosen. On validation, to
+    be frozen for the test."""
     defined = ~np.isnan(scores)
     total = np.where(defined, scores, 0).sum(0)
     mean_KT = np.where(defined.any(0), total / np.maximum(defined.sum(0), 1), -1)
-    return np.argmax(mean_KT, axis=-1)
+    return np.where(defined.any((0, 2)), np.argmax(mean_KT, axis=-1), np.nan)
 
 
 def otsu_threshold(
-    maps: Float[Array | np.ndarray, "B K *grid"],
+    maps: Array | np.ndarray,
     void: Array | np.ndarray | None = None,
     bins: int = 256,
 ) -> Float[Array, "B K"]:
@@ -121,10 +140,11 @@ def otsu_threshold(
     parts is largest (N. Otsu, IEEE Trans. SMC 1979); the centre of the last bin of the lower part.
 
     Args:
+        maps: [B, K, *grid].
         void: cells that are left out of the histogram.
         bins: of equal width between the least and the greatest value of the map.
     """
-    maps, _, counted = _cells(jnp.asarray(maps), np.ones(maps.shape, bool), void)
+    maps, _, counted = _cells(floating(maps), np.ones(maps.shape, bool), void)
     return _otsu(maps, counted, bins)
 
 
@@ -149,7 +169,7 @@ def _otsu(maps: Array, counted: Array, bins: int) -> Array:
         split = jnp.argmax(between[:-1])
         return jnp.where(high > low, low + (high - low) * (split + 0.5) / bins, high)
 
-    return jax.vmap(jax.vmap(of_one))(maps, counted)
+    return jnp.where(_known(maps, counted), jax.vmap(jax.vmap(of_one))(maps, counted), jnp.nan)
 
 
 def pointing_game(
@@ -168,17 +188,17 @@ def pointing_game(
         void: cells that cannot be pointed to.
 
     Returns:
-        [B, K], NaN where the mask is empty.
+        [B, K], NaN where the mask is empty or the map is NaN.
 
     Raises:
         ValueError: shapes that differ, or a void that leaves nothing.
     """
-    xp = _namespace(maps, masks)
-    maps, inside, counted = _cells(maps, masks, void)
+    xp = namespace(maps, masks, void)
+    maps, inside, counted = _cells(floating(maps, xp), masks, void)
     highest = xp.where(counted, maps, -xp.inf).max(axis=-1, keepdims=True)
     points = (maps == highest) & (highest > 0) & counted
     hit = (points & inside).sum(axis=-1) / xp.maximum(points.sum(axis=-1), 1)
-    return xp.where((inside & counted).any(axis=-1), hit, xp.nan)
+    return xp.where(inside.any(axis=-1) & _known(maps, counted), hit, xp.nan)
 
 
 def energy_inside(
@@ -190,14 +210,14 @@ def energy_inside(
     for their box; 0 for a map without positive evidence. Arguments, result and errors as
     `pointing_game`.
     """
-    xp = _namespace(maps, masks)
-    maps, inside, counted = _cells(maps, masks, void)
+    xp = namespace(maps, masks, void)
+    maps, inside, counted = _cells(floating(maps, xp), masks, void)
     evidence = xp.where(counted, xp.maximum(maps, 0), 0)
     if xp is np:
         evidence = evidence.astype(np.float64)
     total = evidence.sum(axis=-1)
     share = (evidence * inside).sum(axis=-1) / xp.where(total > 0, total, 1)
-    return xp.where((inside & counted).any(axis=-1), share, xp.nan)
+    return xp.where(inside.any(axis=-1) & _known(maps, counted), share, xp.nan)
 
 
 def rank_accuracy(
@@ -209,8 +229,8 @@ def rank_accuracy(
     Equal values at the n-th place count by their part inside. Arguments, result and errors as
     `pointing_game`.
     """
-    maps, inside, counted = _cells(jnp.asarray(maps), masks, void)
-    return _rank_accuracy(maps, inside & counted, counted)
+    maps, inside, counted = _cells(floating(maps), masks, void)
+    return _rank_accuracy(maps, inside, counted)
 
 
 @jax.jit
@@ -221,7 +241,8 @@ def _rank_accuracy(maps: Array, inside: Array, counted: Array) -> Array:
     above, ties = (maps > last) & counted, (maps == last) & counted
     share = (size[..., 0] - above.sum(-1)) / jnp.maximum(ties.sum(-1), 1)
     hits = (above & inside).sum(-1) + share * (ties & inside).sum(-1)
-    return jnp.where(size[..., 0] > 0, hits / jnp.maximum(size[..., 0], 1), jnp.nan)
+    known = (size[..., 0] > 0) & _known(maps, counted)
+    return jnp.where(known, hits / jnp.maximum(size[..., 0], 1), jnp.nan)
 
 
 def map_average_precision(
@@ -232,8 +253,8 @@ def map_average_precision(
     Precision at each threshold times the recall gained, equal values together. A random map has
     about the mask's share of the grid. Arguments, result and errors as `pointing_game`.
     """
-    maps, inside, counted = _cells(jnp.asarray(maps), masks, void)
-    return _average_precision(maps, inside & counted, counted)
+    maps, inside, counted = _cells(floating(maps), masks, void)
+    return _average_precision(maps, inside, counted)
 
 
 @jax.jit
@@ -249,7 +270,8 @@ def _average_precision(maps: Array, inside: Array, counted: Array) -> Array:
     precision = jnp.take_along_axis(hits, end, axis=-1) / (end + 1)
     found = hits[..., -1]
     total = jnp.where(inside, precision, 0).sum(-1)
-    return jnp.where(found > 0, total / jnp.maximum(found, 1), jnp.nan)
+    known = (found > 0) & _known(maps, counted)
+    return jnp.where(known, total / jnp.maximum(found, 1), jnp.nan)
 
 
 def _falling(maps: Array, inside: Array, counted: Array) -> tuple[Array, Array]:
@@ -259,18 +281,25 @@ def _falling(maps: Array, inside: Array, counted: Array) -> tuple[Array, Array]:
     return falling, inside
 
 
-def _namespace(*arrays: Any) -> Any:
-    return jnp if any(isinstance(array, jax.Array) for array in arrays) else np
-
-
-def _cells(maps: Any, masks: Any, void: Any) -> tuple[Any, Any, Any]:
-    """Maps, masks and what is not void as [B, K, cells], the last two bool."""
-    xp = _namespace(maps, masks, void)
+def _cells(maps: Any, masks: Any, void: Any, name: str = "masks") -> tuple[Any, Any, Any]:
+    """Maps, what of the masks is not void, and what is not void, as [B, K, cells]; the last two
+    bool."""
+    xp = namespace(maps, masks, void)
     maps, masks = xp.asarray(maps), xp.asarray(masks)
-    _check(maps, masks, void, "masks")
+    _check(maps, masks, void, name)
     shape = (*maps.shape[:2], -1)
     counted = xp.ones(maps.shape, bool) if void is None else xp.asarray(void) == 0
-    return maps.reshape(shape), masks.reshape(shape) != 0, counted.reshape(shape)
+    return (
+        maps.reshape(shape),
+        ((masks != 0) & counted).reshape(shape),
+        counted.reshape(shape),
+    )
+
+
+def _known(maps: Any, counted: Any) -> Any:
+    """[B, K]: whether no cell that counts is NaN."""
+    xp = namespace(maps)
+    return ~(xp.isnan(maps) & counted).any(axis=-1)
 
 
 def _check(maps: Any, masks: Any, void: Any, name: str) -> None:

@@ -18,13 +18,16 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.scipy.stats import rankdata
 from jaxtyping import Array, Float
 
+from hirescam_jax.metrics.arrays import floating
+
 SSIM_WINDOW = 7
 
 
 class Similarity(NamedTuple):
     """Of two sets of maps, [B, L] each; NaN where it is not defined.
 
-    ssim: of the maps scaled to [0, 1] by their positive part, as they are shown.
+    ssim: of the maps scaled to [0, 1] by their positive part, as they are shown; not defined for
+        two that show nothing.
     spearman: rank correlation of the signed maps.
     spearman_absolute: of their absolute values (Adebayo et al. give both).
     """
@@ -38,7 +41,8 @@ def similarity(first: Array | np.ndarray, second: Array | np.ndarray) -> Similar
     """How alike two sets of raw signed maps [B, L, *grid] of the same volumes and labels are.
 
     For label randomisation give the maps of a model that was trained on the data's labels and of
-    one that was trained on permuted labels. SSIM is NaN on grids of less than 3 cells an axis.
+    one that was trained on permuted labels. SSIM is NaN on grids of less than 3 cells an axis, and
+    of two maps without positive evidence, which agree on nothing but that.
 
     Raises:
         ValueError: maps of different shapes.
@@ -50,23 +54,24 @@ def similarity(first: Array | np.ndarray, second: Array | np.ndarray) -> Similar
 def _similarity(first: Array, second: Array) -> Similarity:
     axes = tuple(range(2, first.ndim))
 
-    def shown(maps: Array) -> Array:
+    def shown(maps: Array) -> tuple[Array, Array]:
         maps = jax.nn.relu(maps)
         maps = maps - maps.min(axes, keepdims=True)
         peak = maps.max(axes, keepdims=True)
-        return maps / jnp.where(peak > 0, peak, 1)
+        return maps / jnp.where(peak > 0, peak, 1), peak.reshape(maps.shape[:2])
 
     if min(first.shape[2:]) < 3:
         structure = jnp.full(first.shape[:2], jnp.nan)
     else:
-        structure = ssim(shown(first), shown(second))
+        (x, peak_x), (y, peak_y) = shown(first), shown(second)
+        structure = jnp.where((peak_x > 0) | (peak_y > 0), ssim(x, y), jnp.nan)
     absolute = spearman(jnp.abs(first), jnp.abs(second))
     return Similarity(structure, spearman(first, second), absolute)
 
 
 def spearman(first: Array | np.ndarray, second: Array | np.ndarray) -> Float[Array, "B L"]:
     """Spearman's rank correlation over the cells of each map, equal values at their mean rank; NaN
-    where a map is constant.
+    where a map is constant or holds a NaN.
 
     Raises:
         ValueError: maps of different shapes.
@@ -83,9 +88,9 @@ def _spearman(first: Array, second: Array) -> Array:
 
     x, y = centred(first), centred(second)
     product = (x * x).sum(-1) * (y * y).sum(-1)
-    return jnp.where(
-        product > 0, (x * y).sum(-1) / jnp.sqrt(jnp.where(product > 0, product, 1)), jnp.nan
-    )
+    missing = jnp.isnan(first) | jnp.isnan(second)
+    known = (product > 0) & ~missing.any(tuple(range(2, first.ndim)))
+    return jnp.where(known, (x * y).sum(-1) / jnp.sqrt(jnp.where(known, product, 1)), jnp.nan)
 
 
 def ssim(
@@ -255,4 +260,4 @@ def _pair(first: Any, second: Any) -> tuple[Array, Array]:
         raise ValueError(f"maps {first.shape} and {second.shape} must agree")
     if len(first.shape) < 3:
         raise ValueError(f"maps must be [B, L, *grid] with a spatial axis, got {first.shape}")
-    return jnp.asarray(first), jnp.asarray(second)
+    return floating(first), floating(second)
