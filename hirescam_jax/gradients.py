@@ -4,6 +4,7 @@ A head is any function from features [B, *grid, C] to logits [B, K] that treats 
 batch independently.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -21,8 +22,8 @@ Labels: TypeAlias = Sequence[int] | np.ndarray | Array | None
 # Gradients of several labels are held at once only while they fit in this many bytes.
 MAX_GRADIENT_BYTES = 256 * 2**20
 
-# Batch sizes with which heads are traced: another than their own.
-OTHER_BATCHES = (5, 7)
+# Batch sizes with which heads are traced: another than their own, and seldom that of another axis.
+OTHER_BATCHES = (29, 31)
 
 
 def gradient_maps(
@@ -79,7 +80,7 @@ def is_affine(head: Head, features: Any, logits: Any) -> bool:
     Then it is affine, up to parts without a gradient. Conservative: an operation counts as using
     all of its inputs for all of its outputs.
     """
-    traced = _gradient_of_others(head, features, logits)
+    traced = _traced_gradient(head, features, logits, _other_batch(features))
     traced = traced or _traced_gradient(head, features, logits, features.shape[0])
     return traced is not None and not _uses_features(traced)
 
@@ -88,12 +89,16 @@ def has_one_gradient(head: Head, features: Any, logits: Any) -> bool:
     """Whether the gradient of the head is also the same for every example of a batch.
 
     Not so, or not known to be so: a head that holds data of its whole batch, draws random numbers
-    (dropout) or counts (the examples, perhaps).
+    (dropout) or counts the examples.
     """
-    traced = _gradient_of_others(head, features, logits)
+    batch = _other_batch(features)
+    traced = _traced_gradient(head, features, logits, batch)
     if traced is None or _uses_features(traced):
         return False
-    return not any(name in str(traced) for name in ("random", "threefry", "iota"))
+    counted = re.findall(r"\biota\[.*?shape=\((.*?)\)", str(traced), re.DOTALL)
+    if any(str(batch) in shape.replace(" ", "").split(",") for shape in counted):
+        return False
+    return not any(name in str(traced) for name in ("random", "threefry"))
 
 
 def _uses_features(traced: Any) -> bool:
@@ -104,10 +109,8 @@ def _uses_features(traced: Any) -> bool:
     return id(traced.invars[0]) in needed
 
 
-def _gradient_of_others(head: Head, features: Any, logits: Any) -> Any:
-    """The traced gradient at another batch size than the features'."""
-    batch = next(n for n in OTHER_BATCHES if n != features.shape[0])
-    return _traced_gradient(head, features, logits, batch)
+def _other_batch(features: Any) -> int:
+    return next(n for n in OTHER_BATCHES if n != features.shape[0])
 
 
 def _traced_gradient(head: Head, features: Any, logits: Any, batch: int) -> Any:

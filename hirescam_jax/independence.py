@@ -5,6 +5,7 @@ through operations that keep examples apart. Where it meets any other operation 
 batch, a sort, a loop), gradients on random features decide.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,6 +36,9 @@ _NAMES = """
 POINTWISE = frozenset(_NAMES.split())
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
 REDUCTIONS += ("argmax", "argmin")
+# Sizes of random features: a nonlinearity that is saturated has no gradient.
+SCALES = (1e-3, 1.0, 1e3)
+OVER_DEVICES = ("psum", "ppermute", "all_gather", "all_to_all", "axis_index", "reduce_scatter")
 ALONG_AN_AXIS = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "split")
 WINDOWS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 
@@ -47,8 +51,12 @@ class Place(NamedTuple):
     inner: int = 1
 
 
-class _UnprovenError(Exception):
-    """An operation of which it is not known that it keeps examples apart."""
+class _UnknownError(Exception):
+    """An operation of which it is not known whether it keeps examples apart."""
+
+
+class _CrossedError(Exception):
+    """An operation that works along the examples."""
 
 
 def check_independent(head: Callable[[Array], Array], features: Float[Array, "B *grid C"]) -> None:
@@ -60,17 +68,29 @@ def check_independent(head: Callable[[Array], Array], features: Float[Array, "B 
     if features.shape[0] < 2:
         return
     program = jax.make_jaxpr(head)(features)
-    if keeps_apart(program) or not _reaches_others(head, features):
+    apart = keeps_apart(program)
+    if apart:
         return
-    raise ValueError(MIXES)
+    if any(name in str(program) for name in OVER_DEVICES):
+        mixes = apart is False  # it cannot be run by itself
+    else:
+        mixes = _reaches_others(program, head, features)
+    if mixes:
+        raise ValueError(MIXES)
 
 
-def keeps_apart(program: Any) -> bool:
-    """Whether a program, features [B, ...] -> logits [B, K], is seen to keep the examples apart."""
+def keeps_apart(program: Any) -> bool | None:
+    """Whether a program, features [B, ...] -> logits [B, K], is seen to keep the examples apart.
+
+    False if something in it works along the examples, which need not reach a gradient; None if
+    there is an operation of which that is not known.
+    """
     try:
         places = _follow(program.jaxpr, [Place(0)], program.in_avals[0].shape[0])
-    except _UnprovenError:
+    except _CrossedError:
         return False
+    except _UnknownError:
+        return None
     return places in ([None], [Place(0)])
 
 
@@ -100,7 +120,7 @@ def _after(equation: Any, places: list[Place | None], count: int) -> list[Place 
     shape, place = tracked[0]
     axis, result = place.axis, equation.outvars[0].aval.shape
     if any(other != place for _, other in tracked):
-        raise _UnprovenError
+        raise _CrossedError
     crossed, moved = False, axis
     match name:
         case _ if name in POINTWISE:
@@ -133,9 +153,9 @@ def _after(equation: Any, places: list[Place | None], count: int) -> list[Place 
             crossed = crossed or params["batch_group_count"] != 1 or len(tracked) > 1
             moved = layout.out_spec[0]
         case _:
-            crossed = True
+            raise _UnknownError
     if crossed:
-        raise _UnprovenError
+        raise _CrossedError
     return [place._replace(axis=moved)] * len(equation.outvars)
 
 
@@ -154,37 +174,32 @@ def _after_dot(dimensions: Any, operands: list, places: list[Place | None]) -> P
         elif place.axis in free[side] and len([p for p in places if p]) == 1:
             axis = len(batched[0]) + side * len(free[0]) + free[side].index(place.axis)
         else:
-            raise _UnprovenError
+            raise _CrossedError
         moved.append(place._replace(axis=axis))
     if any(place != moved[0] for place in moved):
-        raise _UnprovenError
+        raise _CrossedError
     return moved[0]
 
 
 def _reshaped(shape: tuple[int, ...], place: Place, result: tuple[int, ...], count: int) -> Place:
     """The examples' axis may be merged with its neighbours, and split from them again."""
+    if 0 in result:
+        raise _UnknownError
     before = math.prod(shape[: place.axis]) * place.outer
     for axis, size in enumerate(result):
         outer, rest = divmod(before, math.prod(result[:axis]))
         if rest == 0 and size % (outer * count) == 0:
             return Place(axis, outer, size // (outer * count))
-    raise _UnprovenError
+    raise _UnknownError
 
 
-def _reaches_others(head: Callable[[Array], Array], features: Array) -> bool:
-    """On random features of three examples; False for a head that cannot be run by itself (one
-    that asks for the devices of a mesh)."""
-    program = None
-    for batch in (min(3, features.shape[0]), features.shape[0]):
-        wanted = jax.ShapeDtypeStruct((batch, *features.shape[1:]), features.dtype)
-        try:
-            program = jax.make_jaxpr(head)(wanted)
-        except (TypeError, ValueError, NameError, OverflowError):
-            continue
-        if program.out_avals[0].shape[:1] == (batch,):
-            break
-    if program is None:
-        return False
+def _reaches_others(program: Any, head: Callable[[Array], Array], features: Array) -> bool:
+    """On random features of three examples."""
+    batch = min(3, features.shape[0])
+    fewer = jax.ShapeDtypeStruct((batch, *features.shape[1:]), features.dtype)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # it may take its batch only
+        smaller = jax.make_jaxpr(head)(fewer)
+        program = smaller if smaller.out_avals[0].shape[0] == batch else program
     consts = enumerate(program.consts)
     constants = [random_like(x, i) if isinstance(x, Tracer) else x for i, x in consts]
     rng = np.random.default_rng(0)
@@ -195,14 +210,17 @@ def _reaches_others(head: Callable[[Array], Array], features: Array) -> bool:
 
     def reach(constants: list, x: Array, cotangent: Array) -> Array:
         run = jaxpr_as_fun(program.replace(consts=constants))
-        logits, pull_back = jax.vjp(lambda x: run(x)[0], x)
 
-        def of_one(example: Array) -> Array:
+        def of_one(point: tuple[Array, Array]) -> Array:
+            example, scale = point
+            logits, pull_back = jax.vjp(lambda x: run(x)[0], scale * x)
             own = jnp.arange(len(x)) == example
             cotangents = jnp.where(own[:, None], cotangent, 0).astype(logits.dtype)
             return reach_of_others(pull_back(cotangents)[0], own)
 
-        return jax.lax.map(of_one, jnp.arange(len(x))).max()
+        examples, scales = jnp.arange(len(x)), jnp.asarray(SCALES, x.dtype)
+        points = jnp.tile(examples, len(scales)), jnp.repeat(scales, len(examples))
+        return jax.lax.map(of_one, points).max()
 
     with eval_context():  # now, even where this is traced
         return bool(jax.jit(reach)(constants, x, cotangent) > 0)
