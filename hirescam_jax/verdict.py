@@ -37,7 +37,7 @@ SHORT = {"equal": "exact", "exact": "exact", "complete": "exact on the winning s
 
 # What is below is rounding, relative to the sum of the sizes of all terms: where the head computes
 # in float64, and where something in it is of lower precision.
-TOLERANCE, LOW_TOLERANCE = 1e-9, 1e-5
+TOLERANCE, LOW_TOLERANCE = 1e-12, 1e-5
 # The curvature and the residual (see `_Measured`) of a head in low precision are less.
 NEARLY_AFFINE = 0.1
 # A difference between two kinds of maps that is rounding, also of float32 weights.

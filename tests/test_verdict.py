@@ -194,9 +194,8 @@ def test_small_biases_count(bias):
     """On a wide grid too: what a bias adds is small beside the sum of very many terms."""
     rng = np.random.default_rng(0)
     first, last = (jnp.asarray(rng.normal(size=s) / 50, jnp.float32) for s in ((40_000, 6), (6, 4)))
-    found = head_verdict(
-        lambda x: jax.nn.relu(flat(x) @ first + jnp.full(6, bias)) @ last, (1, 100, 100, 4)
-    )
+    biases = jnp.full(6, bias)
+    found = head_verdict(lambda x: jax.nn.relu(flat(x) @ first + biases) @ last, (1, 100, 100, 4))
     assert found.kind == "none"
     assert found.residual > 1e-5
 
