@@ -119,13 +119,13 @@ def _grid(ax: Axes, values: np.ndarray, peak: float, grey: bool) -> None:
         image.set_clim(-0.08 * peak, 1.6 * peak)
     image.set_data(np.ma.masked_equal(values, 0))
     ax.set_facecolor(EMPTY)
+    colors = image.to_rgba(values)
     for line in np.arange(-0.5, 6):
         ax.axhline(line, color="white", lw=1.5)
         ax.axvline(line, color="white", lw=1.5)
     for (i, j), value in np.ndenumerate(values):
         if value:
-            red, green, blue, _ = image.to_rgba(float(value))
-            dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
+            dark = colors[i, j, :3] @ (0.3, 0.59, 0.11) < 0.55
             text = str(Fraction(float(value))).replace("-", "\N{MINUS SIGN}")
             ax.text(j, i, text, ha="center", va="center", fontsize=12, color="w" if dark else INK)
     ax.set_xticks([])
