@@ -5,7 +5,7 @@
 One feature channel A sees two organs: 2 x 2 cells of strength 2 in the first, 2 x 2 cells of
 strength 3 in the second. The head is one linear layer with bias 1: every cell of the first organ's
 quadrant (3 x 3 cells) weighs +2, every cell of the second's -1, the rest 0. So the first organ
-speaks for the label and the second, though brighter, against it:
+speaks for the label and the second, though stronger, against it:
 
     score     4 cells x 2 x (+2) + 4 cells x 3 x (-1) + 1 = 16 - 12 + 1 = 5
     HiResCAM  gradient x A: +4 in the first organ, -3 in the second; 16 - 12 = 4 = score - bias
@@ -17,22 +17,24 @@ gradient is (9 x 2 - 9 x 1) / 72 = 1/8, Grad-CAM has 1/4 and 3/8, and its sum is
 """
 
 import argparse
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from hirescam_jax.cam import gradcam, hirescam
 
 OUT = Path(__file__).parent / "results" / "gallery.png"
 FIRST, SECOND = (slice(0, 3), slice(0, 3)), (slice(3, 6), slice(3, 6))  # quadrants
 INK, SOFT, GOOD, BAD = "#1d232b", "#5d6673", "#0b6e99", "#b3403a"
+EMPTY = "#f1f2f4"
 ORGANS = ((0.5, 0.5, "organ 1"), (2.5, 2.5, "organ 2"))
 
 
@@ -65,76 +67,79 @@ def example(slices: int = 0) -> Example:
 
 
 def draw(plane: Example, volume: Example) -> Figure:
-    figure = Figure(figsize=(12.6, 11.6), facecolor="white")
+    figure = Figure(figsize=(12.4, 12.2), facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, 4)
-    figure.subplots_adjust(0.075, 0.085, 0.94, 0.855, 0.16, 0.34)
+    figure.subplots_adjust(0.075, 0.05, 0.975, 0.84, 0.14, 0.4)
+    for ax in axes[2]:  # one volume with the row above
+        box = ax.get_position()
+        ax.set_position((box.x0, box.y0 + 0.055, box.width, box.height))
     rows = [(plane, ...), (volume, 0), (volume, 1)]
     for row, (shown, index) in zip(axes, rows, strict=True):
         for ax, name in zip(row, ("features", "gradient", "gradcam", "hirescam"), strict=True):
             values = getattr(shown, name)
             _grid(ax, values[index], np.abs(values).max(), name == "features")
             if name != "gradient":  # it weighs more places than the organs
-                _organs(ax)
+                _organs(ax, shown.features[index])
     titles = ("features A", "gradient of the score", "Grad-CAM", "HiResCAM")
     notes = ("what the network sees", "what its head weighs", "mean gradient × A", "gradient × A")
     for ax, title, note in zip(axes[0], titles, notes, strict=True):
-        ax.text(0, 1.15, title, transform=ax.transAxes, fontsize=14, weight="bold", color=INK)
-        ax.text(0, 1.05, note, transform=ax.transAxes, fontsize=11, color=SOFT)
+        ax.text(0, 1.14, title, transform=ax.transAxes, fontsize=14, weight="bold", color=INK)
+        ax.text(0, 1.045, note, transform=ax.transAxes, fontsize=11, color=SOFT)
     for ax, name in zip(axes[:, 0], ("2D", "3D, slice 1", "3D, slice 2"), strict=True):
         place = {"transform": ax.transAxes, "rotation": 90, "ha": "center", "va": "center"}
-        ax.text(-0.17, 0.5, name, fontsize=13, weight="bold", color=INK, **place)
+        ax.text(-0.15, 0.5, name, fontsize=13, weight="bold", color=INK, **place)
     for ax, shown in ((axes[0], plane), (axes[2], volume)):
-        ax[0].text(0, -0.12, f"score {shown.score:g}, bias {shown.bias:g}", **_below(ax[0], INK))
+        _below(ax[0], f"score {shown.score:g}", f"of which the bias is {shown.bias:g}", INK)
         for column, name in ((2, "gradcam"), (3, "hirescam")):
             total = float(getattr(shown, name).sum())
             whole = total + shown.bias
             exact = whole == shown.score
+            meaning = "the score" if exact else f"the score is {shown.score:g}"
             text = f"sum {total:g} + bias {shown.bias:g} = {whole:g}"
-            text += ", the score" if exact else f", not {shown.score:g}"
-            ax[column].text(0, -0.12, text, **_below(ax[column], GOOD if exact else BAD))
+            _below(ax[column], text, meaning, GOOD if exact else BAD)
     head = "Averaging the gradient points to the wrong organ"
-    figure.text(0.075, 0.957, head, fontsize=20, weight="bold", color=INK)
-    line = "The head counts organ 1 for the label and organ 2, which is brighter, against it."
-    figure.text(0.075, 0.928, line, fontsize=12.5, color=SOFT)
-    foot = "Blue speaks for the label, red against it."
-    figure.text(0.075, 0.022, foot, fontsize=11, color=SOFT)
+    figure.text(0.075, 0.958, head, fontsize=20, weight="bold", color=INK)
+    line = "The head counts organ 1 for the label and organ 2, which is stronger, against it."
+    figure.text(0.075, 0.93, line, fontsize=12.5, color=SOFT)
+    foot = "Blue speaks for the label, red against it. Dashed: an organ of the other slice."
+    figure.text(0.075, 0.018, foot, fontsize=11, color=SOFT)
     return figure
 
 
-def _below(ax: Axes, color: str) -> dict:
-    return {"transform": ax.transAxes, "fontsize": 11.5, "color": color, "weight": "bold"}
+def _below(ax: Axes, text: str, meaning: str, color: str) -> None:
+    ax.text(0, -0.105, text, transform=ax.transAxes, fontsize=12, color=color, weight="bold")
+    ax.text(0, -0.19, meaning, transform=ax.transAxes, fontsize=11, color=color)
 
 
 def _grid(ax: Axes, values: np.ndarray, peak: float, grey: bool) -> None:
-    """Cells in colour with their values."""
-    low = 0 if grey else -peak
-    ax.imshow(values, "Greys" if grey else "RdBu", vmin=low, vmax=peak * 1.25, zorder=0)
-    if not grey:
-        ax.images[0].set_clim(-peak * 1.25, peak * 1.25)
+    """Cells in colour with their values as fractions; cells of value 0 are light grey."""
+    image = ax.imshow(values, "Greys" if grey else "RdBu", vmin=-1.25 * peak, vmax=1.25 * peak)
+    if grey:
+        image.set_clim(-0.08 * peak, 1.6 * peak)
+    image.set_data(np.ma.masked_equal(values, 0))
+    ax.set_facecolor(EMPTY)
+    colors = image.to_rgba(values)
     for line in np.arange(-0.5, 6):
         ax.axhline(line, color="white", lw=1.5)
         ax.axvline(line, color="white", lw=1.5)
     for (i, j), value in np.ndenumerate(values):
         if value:
-            text = ax.text(j, i, f"{value:g}", ha="center", va="center", fontsize=10.5, color=INK)
-            text.set_path_effects([patheffects.withStroke(linewidth=2.2, foreground="white")])
+            dark = colors[i, j, :3] @ (0.3, 0.59, 0.11) < 0.55
+            text = str(Fraction(float(value))).replace("-", "\N{MINUS SIGN}")
+            ax.text(j, i, text, ha="center", va="center", fontsize=12, color="w" if dark else INK)
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
 
 
-def _organs(ax: Axes) -> None:
+def _organs(ax: Axes, features: np.ndarray) -> None:
     for x, y, name in ORGANS:
-        square = {"xy": (x, y), "width": 2, "height": 2, "fill": False}
-        ax.add_patch(_rectangle(**square, edgecolor=INK, lw=1.4))
-        ax.text(x + 1, y - 0.12, name, ha="center", va="bottom", fontsize=8.5, color=SOFT)
-
-
-def _rectangle(**options):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(**options)
+        here = features[round(y + 0.5), round(x + 0.5)] > 0
+        line = {"lw": 1.6, "edgecolor": INK} if here else {"lw": 1.2, "edgecolor": SOFT, "ls": "--"}
+        ax.add_patch(Rectangle((x, y), 2, 2, fill=False, zorder=3, **line))
+        at = {"ha": "center", "va": "bottom", "fontsize": 9.5, "zorder": 4}
+        ax.text(x + 1, y - 0.12, name, color=INK if here else SOFT, **at)
 
 
 def main() -> None:

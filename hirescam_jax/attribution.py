@@ -26,11 +26,11 @@ from hirescam_jax.gradients import (
     MAX_GRADIENT_BYTES,
     Head,
     Labels,
-    check_labels,
-    check_logits,
+    check_call,
     checked_features,
     gradient_maps,
     in_chunks,
+    known_labels_only,
     label_grid,
 )
 
@@ -80,8 +80,10 @@ def integrated_gradients(
 
     Args:
         baseline: a number, or an array that broadcasts to the inputs.
-        steps: points on the line.
+        steps: points on the line, at least 1.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     inputs = checked_features(inputs)
     start = jnp.broadcast_to(jnp.asarray(baseline, inputs.dtype), inputs.shape)
     nodes, weights = np.polynomial.legendre.leggauss(steps)  # on [-1, 1]
@@ -116,8 +118,11 @@ def smoothgrad(
     Args:
         key: of the noise.
         std: of the Gaussian noise, in the units of the input (the paper: 10 to 20 % of its range).
+        samples: noisy copies, at least 1.
         method: any function of this form, of `cam_family` or `cam` too; `options` are its own.
     """
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
     inputs = checked_features(inputs)
 
     def sample(key: Array) -> Array:
@@ -132,8 +137,8 @@ def occlusion(
     inputs: Float[Array, "B *grid C"],
     labels: Labels = None,
     *,
-    window: Sequence[int],
-    stride: Sequence[int] | None = None,
+    window: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
     baseline: float | Array = 0.0,
     max_gradient_bytes: int = MAX_GRADIENT_BYTES,
 ) -> Float[Array, "B L *grid"]:
@@ -141,7 +146,7 @@ def occlusion(
     1311.2901). A voxel has the mean of the drops of the windows that hold it.
 
     Args:
-        window: its size along each spatial axis; all channels are covered.
+        window: its size along each spatial axis, or one for all; all channels are covered.
         stride: between windows, at most the window's size; default the window's size.
         baseline: what covers it, a number or an array that broadcasts to the inputs.
         max_gradient_bytes: the windows are taken in chunks whose inputs fit in this.
@@ -151,18 +156,20 @@ def occlusion(
     """
     inputs = checked_features(inputs)
     grid, stride = inputs.shape[1:-1], window if stride is None else stride
+    window, stride = (
+        (size,) * len(grid) if isinstance(size, int) else tuple(size) for size in (window, stride)
+    )
     fits = len(window) == len(stride) == len(grid) and all(
         1 <= s <= w <= n for s, w, n in zip(stride, window, grid, strict=True)
     )
     if not fits:
         raise ValueError(
-            f"window {tuple(window)} and stride {tuple(stride)} must have 1 <= stride <= window <= "
+            f"window {window} and stride {stride} must have 1 <= stride <= window <= "
             f"size along each axis of the grid {grid}"
         )
     logits = model(inputs)
-    batch, num_labels = check_logits(logits, inputs)
-    check_labels(labels, batch, num_labels)
-    labels_BL = label_grid(labels, batch, num_labels)
+    num_labels = check_call(model, inputs, logits, labels)
+    labels_BL = label_grid(labels, inputs.shape[0], num_labels)
     # Along each axis [windows, voxels]: what each window covers. The last may reach over the edge.
     covers = []
     for size, width, step in zip(grid, window, stride, strict=True):
@@ -183,7 +190,7 @@ def occlusion(
     for cover in covers:  # the first axis of windows becomes the last one of voxels
         shares = jnp.asarray(cover / cover.sum(axis=0), maps.dtype)
         maps = jnp.tensordot(maps, shares, axes=((2,), (0,)), precision="highest")
-    return maps
+    return known_labels_only(maps, labels, num_labels)
 
 
 def _sum_over(function: Callable[[Any], Array], items: Any) -> Array:

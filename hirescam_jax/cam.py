@@ -1,13 +1,13 @@
 """HiResCAM and Grad-CAM: from a head and its features to signed maps, for all labels at once.
 
 A head is any function from features [B, *grid, C] to logits [B, K] that treats the examples of
-the batch independently (so: no BatchNorm inside it). Both maps need only the gradient of a logit
-with respect to the features, which `jax.vjp` through the head gives; the backbone is never
-differentiated. Everything here is pure and works under `jit`, `vmap` and `grad`.
+the batch independently (so: no BatchNorm inside it; `independence` checks it). Both maps need only
+the gradient of a logit with respect to the features, which `jax.vjp` through the head gives; the
+backbone is never differentiated. Everything here is pure and works under `jit`, `vmap` and `grad`.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -25,6 +25,7 @@ from hirescam_jax.gradients import (
     at_least_float32,
     check_labels,
     gradient_maps,
+    known_labels_only,
     label_grid,
 )
 from hirescam_jax.verdict import HeadVerdict, head_verdict
@@ -64,15 +65,16 @@ def hirescam(
     Args:
         head: features [B, *grid, C] -> logits [B, K]; must not mix examples of the batch.
         features: float array; bfloat16 and float16 are computed in float32.
-        labels: None for all K labels, [L] for the same labels of every example, or [B, L].
+        labels: None for all K labels, [L] for the same labels of every example, or [B, L]. Where
+            they are traced (an argument of a jitted function) and out of range, the maps are NaN.
         max_gradient_bytes: the labels are taken in chunks whose gradients fit in this.
 
     Returns:
         Maps [B, K, *grid] for labels=None, otherwise [B, L, *grid].
 
     Raises:
-        ValueError: features without a spatial axis, a head that does not return [B, K] or that
-            sums over the batch, or a label that is out of range.
+        ValueError: features without a spatial axis or without an example, a head that does not
+            return [B, K] or that mixes the examples, no label, or one that is out of range.
     """
 
     def channel_sum(gradient: Array, features: Array) -> Array:
@@ -148,14 +150,16 @@ def normalize_map(maps: Float[Array, "*batch"], spatial_axes: int | None = None)
         spatial_axes: number of spatial axes; default all but the first two.
 
     Returns:
-        Same shape, in [0, 1]. A map that is constant after the ReLU (all zero, say) becomes zero.
+        Same shape, in [0, 1]. A map that is constant after the ReLU (all zero, say) becomes zero,
+        one with a value that is not finite NaN.
     """
     first = 2 if spatial_axes is None else maps.ndim - spatial_axes
     axes = tuple(range(first, maps.ndim))
+    finite = jnp.isfinite(maps).all(axis=axes, keepdims=True)
     maps = jax.nn.relu(maps)
     maps = maps - maps.min(axis=axes, keepdims=True)
     peak = maps.max(axis=axes, keepdims=True)
-    return jnp.where(peak > 0, maps / jnp.where(peak > 0, peak, 1), 0)
+    return jnp.where(finite, maps / jnp.where(peak > 0, peak, 1), jnp.nan)
 
 
 def completeness_residual(
@@ -165,11 +169,15 @@ def completeness_residual(
     maps: Float[Array, "B L *grid"],
     labels: Labels = None,
 ) -> Float[Array, "B L"]:
-    """|sum of the map + bias - logit| with bias = head(0): zero for HiResCAM of an affine head."""
+    """|sum of the map + bias - logit| with bias = head(0): zero for HiResCAM of an affine head.
+
+    NaN for traced labels that are out of range.
+    """
     bias = head(jnp.zeros_like(at_least_float32(features[:1])))
     labels_BL = label_grid(labels, features.shape[0], logits.shape[1])
     total = maps.sum(axis=tuple(range(2, maps.ndim))) + bias[0][labels_BL]
-    return jnp.abs(total - jnp.take_along_axis(logits, labels_BL, axis=1))
+    residual = jnp.abs(total - jnp.take_along_axis(logits, labels_BL, axis=1))
+    return known_labels_only(residual, labels, logits.shape[1])
 
 
 def explain(
@@ -194,6 +202,8 @@ def explain(
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    if 0 in jnp.shape(volumes):
+        raise ValueError(f"volumes are empty: got {jnp.shape(volumes)}")
     if labels is not None and not isinstance(labels, Tracer):
         labels = np.asarray(labels)
         num_labels = jax.eval_shape(model.apply, variables, volumes).shape[1]
@@ -203,30 +213,57 @@ def explain(
         verdict = model_verdict(model, variables, jnp.shape(volumes))
     leaves = jax.tree.leaves((variables, volumes, labels))
     inside = any(isinstance(leaf, Tracer) for leaf in leaves)  # the outer jit has its own options
-    program = _explain if inside else _explain_program()
+    program = _explain if inside else _explain_program(model)
     return program(model, variables, volumes, labels, method)._replace(verdict=verdict)
 
 
-_VERDICTS: dict[Any, HeadVerdict] = {}
-
-
 def model_verdict(model: Any, variables: Any, volumes_shape: tuple[int, ...]) -> HeadVerdict:
-    """`head_verdict` of a model for volumes of a shape, found once for each of both.
+    """`head_verdict` of a model for volumes of a shape, with any values of its variables.
 
     Raises:
         ValueError: as `head_verdict`.
     """
-    known = model, volumes_shape[1:]
-    if known not in _VERDICTS:
-        volumes = jax.ShapeDtypeStruct(volumes_shape, jnp.float32)
+    leaves, tree = jax.tree.flatten(variables)
+    forms = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    find = _verdict_of_form if _hashable(model) else _verdict_of_form.__wrapped__
+    return find(model, tree, forms, volumes_shape[1:])
+
+
+@lru_cache(maxsize=64)
+def _verdict_of_form(model: Any, tree: Any, forms: tuple, volume_shape: tuple) -> HeadVerdict:
+    found = []
+
+    def of_traced(variables: Any, volumes: Array) -> None:
         features = jax.eval_shape(partial(model.apply, method="features"), variables, volumes)
-        head = partial(model.apply, variables, method="head")
-        _VERDICTS[known] = head_verdict(head, features.shape)
-    return _VERDICTS[known]
+        found.append(head_verdict(partial(model.apply, variables, method="head"), features.shape))
+
+    variables = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*form) for form in forms])
+    jax.eval_shape(of_traced, variables, jax.ShapeDtypeStruct((1, *volume_shape), jnp.float32))
+    return found[0]
+
+
+def _hashable(model: Any) -> bool:
+    """Not so for a module with an array among its attributes: nothing of it can be kept."""
+    try:
+        hash(model)
+    except TypeError:
+        return False
+    return True
+
+
+def _explain_program(model: Any) -> Callable[..., Explanation]:
+    if _hashable(model):
+        return _compiled_explain()
+    program = jax.jit(
+        partial(_explain, model), static_argnames="method", compiler_options=compiler_options()
+    )
+    return lambda _, variables, volumes, labels, method: program(
+        variables, volumes, labels, method=method
+    )
 
 
 @cache
-def _explain_program() -> Callable[..., Explanation]:
+def _compiled_explain() -> Callable[..., Explanation]:
     return jax.jit(
         _explain, static_argnames=("model", "method"), compiler_options=compiler_options()
     )

@@ -24,13 +24,15 @@ from hirescam_jax.gradients import (
     Head,
     Labels,
     at_least_float32,
-    check_labels,
+    check_call,
     check_logits,
     checked_features,
     gradient_maps,
     in_chunks,
+    known_labels_only,
     label_grid,
 )
+from hirescam_jax.independence import check_independent
 from hirescam_jax.verdict import head_verdict
 
 
@@ -51,7 +53,12 @@ def class_activation_map(
     Raises:
         ValueError: any other head, which has no such weights.
     """
-    verdict = head_verdict(head, jnp.shape(features))
+    verdict = head_verdict(head, checked_features(features).shape)
+    if verdict.low_precision:
+        raise ValueError(
+            "CAM needs a head whose weights are as they are used, and this one computes in low "
+            "precision: compute it in float32"
+        )
     if verdict.kind != "equal":
         raise ValueError(
             "CAM needs a head of global pooling (average or sum) and one linear layer, and this "
@@ -151,8 +158,7 @@ def eigencam(
     positively with the mean of the channels.
     """
     features = checked_features(features)
-    batch, num_labels = check_logits(jax.eval_shape(head, features), features)
-    check_labels(labels, batch, num_labels)
+    num_labels = check_call(head, features, jax.eval_shape(head, features), labels)
     count = positions or features[0, ..., 0].size
     total = _grid_sum(features, axis_name)
     product = jnp.einsum("b...c,b...e->bce", features, features, precision="highest")
@@ -165,8 +171,8 @@ def eigencam(
     sign = jnp.sign(jnp.einsum("bc,bce->b", component, covariance, precision="highest"))
     component = component * jnp.where(sign == 0, 1, sign)[:, None]
     maps = _weighted(features - _expanded(mean, features), component)
-    shape = (batch, label_grid(labels, batch, num_labels).shape[1], *maps.shape[1:])
-    return jnp.broadcast_to(maps[:, None], shape)
+    shape = (*label_grid(labels, len(maps), num_labels).shape, *maps.shape[1:])
+    return known_labels_only(jnp.broadcast_to(maps[:, None], shape), labels, num_labels)
 
 
 def ablationcam(
@@ -187,9 +193,8 @@ def ablationcam(
     """
     features = checked_features(features)
     logits = head(features)
-    batch, num_labels = check_logits(logits, features)
-    check_labels(labels, batch, num_labels)
-    labels_BL = label_grid(labels, batch, num_labels)
+    num_labels = check_call(head, features, logits, labels)
+    labels_BL = label_grid(labels, features.shape[0], num_labels)
     channels = jnp.arange(features.shape[-1])
 
     def drop(channel: Array) -> Array:
@@ -198,7 +203,8 @@ def ablationcam(
 
     features_bytes = features.size * features.dtype.itemsize
     weights_CBL = in_chunks(drop, channels, features_bytes, max_gradient_bytes)
-    return jnp.einsum("b...c,cbl->bl...", features, weights_CBL, precision="highest")
+    maps = jnp.einsum("b...c,cbl->bl...", features, weights_CBL, precision="highest")
+    return known_labels_only(maps, labels, num_labels)
 
 
 def scorecam(
@@ -217,19 +223,26 @@ def scorecam(
 
     Args:
         head: only its number of labels matters.
-        model: inputs -> logits [B, K].
+        model: inputs -> logits [B, K] of the same labels.
         inputs: [B, *input grid] or [B, *input grid, channels], with as many spatial axes as the
             features: what the features were computed from.
+
+    Raises:
+        ValueError: as `hirescam`, for the head and for the model; inputs of another form.
     """
     features = checked_features(features)
-    batch, num_labels = check_logits(jax.eval_shape(head, features), features)
-    check_labels(labels, batch, num_labels)
+    batch = features.shape[0]
+    num_labels = check_call(head, features, jax.eval_shape(head, features), labels)
     axes = features.ndim - 2
     if inputs.ndim not in (axes + 1, axes + 2) or inputs.shape[0] != batch:
         raise ValueError(
             f"inputs must be [{batch}, *grid] or [{batch}, *grid, channels] with {axes} spatial "
             f"axes, got {inputs.shape}"
         )
+    scored = check_logits(jax.eval_shape(model, inputs), features)
+    if scored != num_labels:
+        raise ValueError(f"model has {scored} labels and head {num_labels}: they must be the same")
+    check_independent(lambda x: model(x.astype(inputs.dtype)), at_least_float32(inputs))
     labels_BL = label_grid(labels, batch, num_labels)
     grid = tuple(range(1, axes + 1))
 
@@ -245,7 +258,8 @@ def scorecam(
 
     scores_CBL = jax.lax.map(score, jnp.arange(features.shape[-1]))
     weights_CBL = jax.nn.softmax(scores_CBL, axis=0)
-    return jnp.einsum("b...c,cbl->bl...", features, weights_CBL, precision="highest")
+    maps = jnp.einsum("b...c,cbl->bl...", features, weights_CBL, precision="highest")
+    return known_labels_only(maps, labels, num_labels)
 
 
 def guided_attention(

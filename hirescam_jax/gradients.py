@@ -1,9 +1,10 @@
 """What all map methods share: gradients of many labels through a head, in bounded memory.
 
 A head is any function from features [B, *grid, C] to logits [B, K] that treats the examples of the
-batch independently. This is also where a head that mixes them is found out.
+batch independently.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -13,20 +14,16 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from hirescam_jax.independence import check_independent
+
 Head: TypeAlias = Callable[[Array], Array]
 Labels: TypeAlias = Sequence[int] | np.ndarray | Array | None
 
 # Gradients of several labels are held at once only while they fit in this many bytes.
 MAX_GRADIENT_BYTES = 256 * 2**20
 
-MIXES = (
-    "the head mixes the examples of a batch: the gradient of one example's logit reaches another's "
-    "features. Take BatchNorm (in training mode) or whatever else works across the batch out of "
-    "the head, into the features"
-)
-
-# Batch sizes with which heads are traced; primes, so that a batch is recognised in a shape.
-TRACED_BATCHES = (29, 31, 37, 41)
+# Batch sizes with which heads are traced: another than their own, and seldom that of another axis.
+OTHER_BATCHES = (29, 31)
 
 
 def gradient_maps(
@@ -48,11 +45,11 @@ def gradient_maps(
     """
     features = checked_features(features)
     logits, pull_back = jax.vjp(head, features)
-    batch, num_labels = check_logits(logits, features)
-    check_labels(labels, batch, num_labels)
+    num_labels = check_call(head, features, logits, labels)
+    batch = features.shape[0]
     labels_LB = label_grid(labels, batch, num_labels).T
     same_labels = labels is None or np.ndim(labels) == 1
-    if batch > 1 and is_affine(head, features, logits) and same_labels:
+    if batch > 1 and same_labels and has_one_gradient(head, features, logits):
         # The gradient is the same for every example: one pulls it back for all.
         _, pull_back = jax.vjp(head, features[:1])
         labels_LB = labels_LB[:, :1]
@@ -66,7 +63,7 @@ def gradient_maps(
 
     gradient_bytes = features[:1].size * labels_LB.shape[1] * features.dtype.itemsize
     maps_LB = in_chunks(one_label, labels_LB, gradient_bytes, max_gradient_bytes)
-    return jnp.moveaxis(maps_LB, 0, 1)
+    return known_labels_only(jnp.moveaxis(maps_LB, 0, 1), labels, num_labels)
 
 
 def in_chunks(function: Callable, items: Array, bytes_each: int, max_bytes: int) -> Array:
@@ -78,38 +75,47 @@ def in_chunks(function: Callable, items: Array, bytes_each: int, max_bytes: int)
 
 
 def is_affine(head: Head, features: Any, logits: Any) -> bool:
-    """Whether the traced gradient of the head is free of the features (if so, it is affine).
+    """Whether the traced gradient of the head is free of the features.
 
-    Conservative: an operation counts as using all of its inputs for all of its outputs, and a head
-    that draws random numbers (dropout) treats each example differently. A head that holds data of
-    the whole batch counts as not affine.
-
-    Raises:
-        ValueError: the head mixes the examples. Seen are sums over the batch (BatchNorm, a mean,
-            attention between examples); `head_verdict` sees every kind.
+    Then it is affine, up to parts without a gradient. Conservative: an operation counts as using
+    all of its inputs for all of its outputs.
     """
-    suspect, traced = False, None
-    for batch in [n for n in TRACED_BATCHES if features[0].size % n][:2]:
-        traced = _traced_gradient(head, features, logits, batch)
-        if traced is None:
-            return False
-        if not _sums_over_batch(traced, [False, True], batch):
-            break
-        if suspect:  # with both, so no other axis was taken for the batch
-            raise ValueError(MIXES)
-        suspect = True
-    if traced is None or any(name in str(traced) for name in ("random", "threefry")):
+    traced = _traced_gradient(head, features, logits, _other_batch(features))
+    traced = traced or _traced_gradient(head, features, logits, features.shape[0])
+    return traced is not None and not _uses_features(traced)
+
+
+def has_one_gradient(head: Head, features: Any, logits: Any) -> bool:
+    """Whether the gradient of the head is also the same for every example of a batch.
+
+    Not so, or not known to be so: a head that holds data of its whole batch, draws random numbers
+    (dropout) or counts the examples.
+    """
+    batch = _other_batch(features)
+    traced = _traced_gradient(head, features, logits, batch)
+    if traced is None or _uses_features(traced):
         return False
+    counted = re.findall(r"\biota\[.*?shape=\((.*?)\)", str(traced), re.DOTALL)
+    if any(str(batch) in shape.replace(" ", "").split(",") for shape in counted):
+        return False
+    return not any(name in str(traced) for name in ("random", "threefry"))
+
+
+def _uses_features(traced: Any) -> bool:
     needed = set(map(id, traced.outvars))
     for equation in reversed(traced.eqns):
         if needed.intersection(map(id, equation.outvars)):
             needed.update(map(id, equation.invars))
-    return id(traced.invars[0]) not in needed
+    return id(traced.invars[0]) in needed
+
+
+def _other_batch(features: Any) -> int:
+    return next(n for n in OTHER_BATCHES if n != features.shape[0])
 
 
 def _traced_gradient(head: Head, features: Any, logits: Any, batch: int) -> Any:
     """The program (features [1, *grid, C], cotangent [1, K]) -> gradient of a head at so many
-    examples; None for a head that takes no other batch than its own."""
+    examples; None for a head that does not take them."""
 
     def gradient(features: Array, cotangent: Array) -> Array:
         features = jnp.broadcast_to(features, (batch, *features.shape[1:]))
@@ -124,61 +130,43 @@ def _traced_gradient(head: Head, features: Any, logits: Any, batch: int) -> Any:
         return None
 
 
-def _sums_over_batch(jaxpr: Any, dependent: Sequence[bool], batch: int) -> bool:
-    """Whether a value that depends on the marked inputs is summed over the batch.
-
-    The cotangent passes through linear operations only. An example's logit that depends on another
-    through a sum, a mean or a maximum is a broadcast over the batch, the transpose of a sum.
-    """
-
-    def axes(variable: Any) -> int:
-        size, count = getattr(variable.aval, "size", 1), 0
-        while size and size % batch == 0:
-            size, count = size // batch, count + 1
-        return count
-
-    known = {id(v) for v, marked in zip(jaxpr.invars, dependent, strict=True) if marked}
-    for equation in jaxpr.eqns:
-        marked = [id(v) in known for v in equation.invars]
-        if not any(marked):
-            continue
-        known.update(map(id, equation.outvars))
-        inner = [
-            getattr(value, "jaxpr", value)
-            for value in equation.params.values()
-            if hasattr(getattr(value, "jaxpr", value), "eqns")
-        ]
-        if len(inner) == 1 and len(inner[0].invars) == len(marked):
-            if _sums_over_batch(inner[0], marked, batch):
-                return True
-        elif equation.primitive.name in ("reduce_sum", "dot_general"):
-            before = max(axes(v) for v, m in zip(equation.invars, marked, strict=True) if m)
-            if axes(equation.outvars[0]) < before:
-                return True
-    return False
-
-
 def checked_features(features: Array) -> Array:
     """In float32 at least.
 
     Raises:
-        ValueError: no spatial axis.
+        ValueError: no spatial axis, or no example, position or channel.
     """
     features = jnp.asarray(features)
     if features.ndim < 3:
         raise ValueError(
             f"features must be [B, *grid, C] with at least one spatial axis, got {features.shape}"
         )
+    if features.size == 0:
+        raise ValueError(f"features are empty: got {features.shape} for [B, *grid, C]")
     return at_least_float32(features)
 
 
-def check_logits(logits: Any, features: Array) -> tuple[int, int]:
-    """Returns B and K."""
+def check_call(head: Head, features: Array, logits: Any, labels: Labels) -> int:
+    """What every method checks of a head, its logits and the labels; returns K.
+
+    Raises:
+        ValueError: logits that are not [B, K], labels that are not [L] or [B, L] or out of range,
+            a head that mixes the examples.
+    """
+    num_labels = check_logits(logits, features)
+    check_labels(labels, features.shape[0], num_labels)
+    check_independent(head, features)
+    return num_labels
+
+
+def check_logits(logits: Any, features: Array) -> int:
+    """Returns K."""
+    wanted = f"head must return logits [B, K] with B = {features.shape[0]}"
+    if not hasattr(logits, "shape"):
+        raise ValueError(f"{wanted}, got a {type(logits).__name__}")
     if logits.ndim != 2 or logits.shape[0] != features.shape[0]:
-        raise ValueError(
-            f"head must return logits [B, K] with B = {features.shape[0]}, got {logits.shape}"
-        )
-    return logits.shape[0], logits.shape[1]
+        raise ValueError(f"{wanted}, got {logits.shape}")
+    return logits.shape[1]
 
 
 def at_least_float32(x: Array) -> Array:
@@ -197,13 +185,24 @@ def check_labels(labels: Labels, batch: int, num_labels: int) -> None:
         return
     if not isinstance(labels, jax.Array):
         labels = np.asarray(labels)
+    if labels.size == 0:
+        raise ValueError("no labels are given: take None for all of them")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     if (labels.shape != (batch, *labels.shape[1:]) and labels.ndim != 1) or labels.ndim > 2:
         raise ValueError(f"labels must be [L] or [B, L] with B = {batch}, got {labels.shape}")
-    if isinstance(labels, Tracer) or labels.size == 0:
+    if isinstance(labels, Tracer):
         return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_labels:
         wrong = low if low < 0 else high
         raise ValueError(f"label {wrong} is out of range: the head has {num_labels} labels")
+
+
+def known_labels_only(values_BL: Array, labels: Labels, num_labels: int) -> Array:
+    """NaN for traced labels that are out of range (others were refused); values are [B, L, ...]."""
+    if not isinstance(labels, Tracer):
+        return values_BL
+    labels_BL = label_grid(labels, values_BL.shape[0], num_labels)
+    known = (labels_BL >= 0) & (labels_BL < num_labels)
+    return jnp.where(known.reshape(known.shape + (1,) * (values_BL.ndim - 2)), values_BL, jnp.nan)

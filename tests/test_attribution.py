@@ -198,6 +198,20 @@ def test_windows_that_do_not_fit(options):
         occlusion(model, jnp.asarray(INPUTS, jnp.float32), **options)
 
 
+def test_one_number_is_a_window_for_all_axes():
+    inputs = jnp.asarray(INPUTS, jnp.float32)
+    every = occlusion(model, inputs, window=(2, 2, 2), stride=(1, 1, 1))
+    np.testing.assert_array_equal(occlusion(model, inputs, window=2, stride=1), every)
+
+
+def test_at_least_one_step_and_sample():
+    inputs = jnp.asarray(INPUTS, jnp.float32)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        integrated_gradients(model, inputs, steps=0)
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        smoothgrad(model, inputs, key=jax.random.key(0), std=0.1, samples=0)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_bad_input(name):
     inputs = jnp.asarray(INPUTS, jnp.float32)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hirescam_jax.attribution import occlusion
 from hirescam_jax.cam import (
+    METHODS,
     completeness_residual,
     explain,
     gradcam,
@@ -25,6 +27,9 @@ BATCH, CHANNELS, LABELS, HIDDEN = 3, 4, 6, 5
 @pytest.fixture
 def torch():
     return pytest.importorskip("torch")
+
+
+occlude = partial(occlusion, window=1)
 
 
 def weights_of(name: str, grid: tuple[int, ...], rng: np.random.Generator) -> dict:
@@ -206,10 +211,33 @@ def test_labels_may_be_traced():
     np.testing.assert_allclose(traced, hirescam(head, features)[:, [4, 1]], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", [*METHODS.values(), occlude], ids=[*METHODS, "occlusion"])
+def test_traced_labels_out_of_range_give_nan(method):
+    weights, features = random_case("gap_fc", (2, 2))
+    head, features = partial(head_in_jax, "gap_fc", weights), jnp.asarray(features, jnp.float32)
+    maps = np.asarray(jax.jit(partial(method, head))(features, jnp.asarray([1, -1, LABELS])))
+    assert np.isfinite(maps[:, 0]).all()
+    assert np.isnan(maps[:, 1:]).all()
+
+
+def test_traced_labels_of_each_example():
+    weights, features = random_case("mlp", (5, 4))
+    head, features = partial(head_in_jax, "mlp", weights), jnp.asarray(features, jnp.float32)
+    traced = jax.jit(partial(hirescam, head))
+    found = np.array(traced(features, jnp.asarray([[0, 9], [-1, 2], [1, 3]])))
+    assert np.isnan(found[[0, 1], [1, 0]]).all()
+    found[[0, 1], [1, 0]] = 0
+    expected = np.array(traced(features, jnp.asarray([[0, 0], [0, 2], [1, 3]])))
+    expected[[0, 1], [1, 0]] = 0
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("function", [hirescam, gradcam])
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
+        ([], "no labels are given"),
+        (np.zeros((BATCH, 0), int), "no labels are given"),
         ([LABELS], f"label {LABELS} is out of range"),
         ([0, -1], "label -1 is out of range"),
         (jnp.asarray([99]), "label 99 is out of range"),
@@ -218,7 +246,17 @@ def test_labels_may_be_traced():
         (np.zeros((BATCH, 2, 2), int), r"must be \[L\] or \[B, L\]"),
         (np.asarray(1), r"must be \[L\] or \[B, L\]"),
     ],
-    ids=["high", "negative", "jax", "float", "other_batch", "rank_3", "rank_0"],
+    ids=[
+        "none",
+        "none_each",
+        "high",
+        "negative",
+        "jax",
+        "float",
+        "other_batch",
+        "rank_3",
+        "rank_0",
+    ],
 )
 def test_bad_labels(function, labels, message):
     weights, features = random_case("linear", (5, 4))
@@ -233,6 +271,15 @@ def test_bad_features_and_heads():
         hirescam(lambda x: x.sum(-1), jnp.ones((2, 3, 4, 5)))
     with pytest.raises(ValueError, match="with B = 2"):
         hirescam(lambda x: x.sum(axis=(0, 1))[None], jnp.ones((2, 3, 4)))
+    with pytest.raises(ValueError, match=r"must return logits \[B, K\].*, got a tuple"):
+        hirescam(lambda x: (x.sum(axis=1), 1), jnp.ones((2, 3, 4)))
+
+
+@pytest.mark.parametrize("method", [*METHODS.values(), occlude], ids=[*METHODS, "occlusion"])
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
+def test_empty_features(method, shape):
+    with pytest.raises(ValueError, match="features are empty"):
+        method(lambda x: x.sum(axis=1), jnp.ones(shape))
 
 
 # -- transformations ------------------------------------------------------------------------------
@@ -438,6 +485,18 @@ def test_explain_refuses_other_bad_arguments(tiny):
         explain(model, variables, volumes, labels=np.zeros((3, 1), int))
     with pytest.raises(ValueError, match="do not divide into images of 3 slices"):
         explain(model, variables, volumes[:, :11])
+    with pytest.raises(ValueError, match=r"volumes are empty: got \(0, 12"):
+        explain(model, variables, volumes[:0])
+    with pytest.raises(ValueError, match="no labels are given"):
+        explain(model, variables, volumes, labels=[])
+
+
+def test_explain_with_traced_labels_out_of_range(tiny):
+    found = jax.jit(partial(explain, *tiny))(labels=jnp.asarray([2, 80, -1]))
+    assert np.isfinite(found.maps[:, 0]).all()
+    assert np.isfinite(found.residual[:, 0]).all()
+    assert np.isnan(found.maps[:, 1:]).all()
+    assert np.isnan(found.residual[:, 1:]).all()
 
 
 # -- normalisation --------------------------------------------------------------------------------
@@ -460,6 +519,12 @@ def test_normalize_map_by_hand():
     assert not result[0, :3].any()
     assert result.max() == 1
     assert result[1, 3].min() == 0
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_normalize_map_hides_no_value_that_is_not_finite(broken):
+    maps = jnp.asarray([[[1.0, broken, 2.0], [1.0, 3.0, 2.0]]])
+    np.testing.assert_array_equal(normalize_map(maps), [[[np.nan] * 3, [0, 1, 0.5]]])
 
 
 def test_normalize_map_of_the_last_axes_only():
@@ -493,7 +558,14 @@ def affine_with_data_of_each_example(features):
     return features.reshape(features.shape[0], -1) @ weights * scale
 
 
-@pytest.mark.parametrize("head", [affine_with_dropout, affine_with_data_of_each_example])
+def affine_by_number(features):
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(4 * 3 * 2, 5)), jnp.float32)
+    return features.reshape(features.shape[0], -1) @ weights * jnp.arange(len(features))[:, None]
+
+
+@pytest.mark.parametrize(
+    "head", [affine_with_dropout, affine_with_data_of_each_example, affine_by_number]
+)
 @pytest.mark.parametrize("jit", [False, True])
 def test_affine_heads_that_treat_examples_differently(head, jit):
     rng = np.random.default_rng(1)

@@ -173,6 +173,71 @@ def test_gradient_free_maps_are_those_of_pytorch_grad_cam(torch, grad_cam, name,
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def on_an_input(weights, inputs):
+    """The head of averages over 2 x 2 (x 2) voxels: features on a grid of half the size."""
+    grid = tuple(n // 2 for n in inputs.shape[1:-1])
+    split = sum(((n, 2) for n in grid), ())
+    features = inputs.reshape(inputs.shape[0], *split, CHANNELS)
+    return head_of(weights, features.mean(axis=tuple(range(2, 2 * len(grid) + 1, 2))))
+
+
+@pytest.mark.parametrize("grid", ["2D", "3D"])
+def test_score_cam_enlarges_the_channels(torch, grad_cam, grid, monkeypatch):
+    """pytorch-grad-cam's weights in 2D, with half-pixel centres in its place of aligned corners;
+    in 3D, which it does not know, PyTorch's enlargement and a pass for each channel."""
+    weights, features = case(GRIDS[grid])
+    enlarged = tuple(2 * n for n in GRIDS[grid])
+    inputs = np.random.default_rng(2).normal(size=(BATCH, *enlarged, CHANNELS))
+    tensors = {key: torch.tensor(value) for key, value in weights.items()}
+    channels_first, tensor = (torch.tensor(np.moveaxis(x, -1, 1)) for x in (features, inputs))
+
+    def net(x):
+        return on_an_input(tensors, x.movedim(1, -1))
+
+    def channel_weights(k):
+        mode = "trilinear" if grid == "3D" else "bilinear"
+        if grid == "2D":
+            half_pixel = partial(torch.nn.Upsample, mode=mode, align_corners=False)
+            monkeypatch.setattr(torch.nn, "UpsamplingBilinear2d", half_pixel)
+            theirs = grad_cam.ScoreCAM.__new__(grad_cam.ScoreCAM)
+            theirs.model, theirs.device = net, "cpu"
+            theirs.activations_and_grads = SimpleNamespace(release=lambda: None)
+            targets = [lambda output: output[k]] * BATCH
+            return theirs.get_cam_weights(tensor, None, targets, channels_first.numpy(), None)
+        masks = torch.nn.functional.interpolate(channels_first, enlarged, mode=mode)
+        low, high = (
+            f(masks.flatten(2), dim=2)[..., None, None, None] for f in (torch.amin, torch.amax)
+        )
+        masks = (masks - low) / (high - low)
+        scores = [net(tensor * masks[:, c : c + 1])[:, k] for c in range(CHANNELS)]
+        return torch.softmax(torch.stack(scores, dim=1), dim=1).numpy()
+
+    with jax.enable_x64(True):
+        head, model = (
+            partial(f, {key: jnp.asarray(v) for key, v in weights.items()})
+            for f in (head_of, on_an_input)
+        )
+        x, options = jnp.asarray(features), {"model": model, "inputs": jnp.asarray(inputs)}
+        found = jax.jit(lambda x: scorecam(head, x, **options))(x)
+    for k in range(LABELS):
+        expected = np.einsum("b...c,bc->b...", features, channel_weights(k))
+        np.testing.assert_allclose(found[:, k], expected, rtol=0, atol=2e-6)
+
+
+def test_ablation_cam_in_3d_has_captums_drops(torch):
+    """pytorch-grad-cam's is for images only."""
+    captum = pytest.importorskip("captum.attr")
+    weights, features = case(GRIDS["3D"])
+    net = Net(torch, weights)
+    x = torch.tensor(np.moveaxis(features, -1, 1))
+    channels = torch.arange(CHANNELS).reshape(1, -1, 1, 1, 1).expand(x.shape)
+    maps = all_maps(weights, features, {"ablationcam": ablationcam})["ablationcam"]
+    for k in range(LABELS):
+        drops = captum.FeatureAblation(net).attribute(x, target=k, feature_mask=channels)
+        expected = (x * drops[:, :, :1, :1, :1]).sum(dim=1).detach()
+        np.testing.assert_allclose(maps[:, k], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_gradcam_is_captums(torch):
     captum = pytest.importorskip("captum.attr")
     weights, features = case(GRIDS["3D"])
@@ -230,6 +295,15 @@ def test_the_papers_formulas_in_numpy(torch, grid):
         projected *= np.sign(projected @ features[b].reshape(-1, CHANNELS).mean(axis=1))
         for k in range(LABELS):
             np.testing.assert_allclose(maps["eigencam"][b, k].ravel(), projected, atol=1e-9)
+
+
+def test_score_cam_of_traced_labels_out_of_range_is_nan():
+    head, features = float32_case(GRIDS["1D"])
+    options = {"model": head, "inputs": features}
+    program = jax.jit(lambda labels: scorecam(head, features, labels, **options))
+    maps = program(jnp.asarray([-1, 2, LABELS]))
+    assert np.isnan(maps[:, [0, 2]]).all()
+    np.testing.assert_array_equal(maps[:, 1:2], program(jnp.asarray([2])))
 
 
 def test_score_cam_by_hand():
@@ -325,6 +399,8 @@ def test_cam_and_score_cam_refuse_what_they_are_not_defined_for():
         class_activation_map(head, features)
     with pytest.raises(ValueError, match="with 3 spatial axes, got"):
         scorecam(head, features, model=head, inputs=features[..., 0, 0])
+    with pytest.raises(ValueError, match=f"model has 1 labels and head {LABELS}"):
+        scorecam(head, features, model=lambda x: head(x)[:, :1], inputs=features)
     model = AxialNet(2, (1,), (4,), "small", (3,), "SAME")
     volumes = jnp.zeros((1, 6, 8, 8))
     shapes = jax.eval_shape(model.init, jax.random.key(0), volumes)
