@@ -86,6 +86,8 @@ def _interval(interval: dict[str, float], form: str) -> str:
     """ "0.31 (0.28, 0.34)"; "0" for a difference that is not even rounding, and without a spread
     the value alone."""
     value, low, high = (interval[name] for name in ("value", "low", "high"))
+    if np.isnan(value):
+        return "n/a"
     if "+" in form and np.nanmax(np.abs([value, low, high])) < 5e-4:
         return "0"
     if np.isnan(low):
