@@ -85,7 +85,7 @@ def test_help_of_each_command(capsys, command):
 def test_unknown_command(fails_in_one_line):
     message = fails_in_one_line("explian", "run")
     assert "no command 'explian' (did you mean 'explain'?)" in message
-    assert "one of: demo," in fails_in_one_line("zzz")
+    assert "one of: compare, demo," in fails_in_one_line("zzz")
 
 
 @pytest.mark.parametrize(
