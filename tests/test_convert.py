@@ -148,6 +148,7 @@ def test_convert_says_what_is_wrong(files, capsys, tmp_path):
 # -- networks for images --------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_real_mobilenet_becomes_variables_and_torchvisions_again(
     torchvision, real_data, tmp_path, capsys
 ):

@@ -326,6 +326,7 @@ def test_places_are_named_for_the_patient():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_blob_in_the_tumour_of_a_real_ct_is_drawn_there(real_data: Path):
     volume = read_ct(real_data / CT)
     _, affine = to_grid(volume, (8.0, 6.0, 6.0), (40, 64, 64))

@@ -323,7 +323,9 @@ def close(path: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["2x2, depth 2", "2x1, depth 2"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("2x2, depth 2", marks=pytest.mark.long), "2x1, depth 2"]
+)
 def test_processes_write_what_one_does(folder, whole, tmp_path, mesh):
     """Depth over the devices of one process, and over processes. An interruption on one mesh is
     continued on the other."""
@@ -341,6 +343,7 @@ def test_processes_write_what_one_does(folder, whole, tmp_path, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_evaluation_on_processes_is_that_of_one(folder, tmp_path):
     """Three and five volumes in batches of two: each counts once."""
     command = ["evaluate", folder / "run", "--out"]

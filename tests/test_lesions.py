@@ -111,6 +111,7 @@ def test_only_lesions_change_and_they_lie_in_their_organs(scene: Any, seed: int)
         assert not (result.mask(label) & ~inside).any()
 
 
+@pytest.mark.long
 def test_each_lesion_looks_as_its_name_says(scene: Any):
     volume, masks = scene
     expected = {

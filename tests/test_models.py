@@ -250,7 +250,9 @@ def test_training_mode_and_running_statistics_are_torchs(torch):
 
 
 @pytest.mark.parametrize("size", [(4, 5), (7, 10)])
-@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 2), (7, 2)])
+@pytest.mark.parametrize(
+    ("kernel", "stride"), [(3, 1), (3, 2), (1, 2), pytest.param(7, 2, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("padding", [0, 1, "half"])
 def test_gradients_by_one_product_are_xlas(size, kernel, stride, padding):
     """By the input and by the kernel, in float64."""

@@ -47,7 +47,15 @@ def steps_of(run: Path) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("call", "step"), [(1, 1), (2, 2), (4, 2), (5, 3)])
+@pytest.mark.parametrize(
+    ("call", "step"),
+    [
+        (1, 1),
+        pytest.param(2, 2, marks=pytest.mark.long),
+        (4, 2),
+        pytest.param(5, 3, marks=pytest.mark.long),
+    ],
+)
 def test_a_stopped_training_continues_exactly(monkeypatch, tmp_path, whole, call, step):
     """An epoch asks four times: after each of two steps, and before two batches of validation."""
     folder, calls = tmp_path / "run", []
@@ -191,7 +199,13 @@ DAMAGES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in ("no data", "cut metrics") else ())
+        for name in DAMAGES
+    ],
+)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(capsys, tmp_path, whole, damage):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
@@ -324,7 +338,8 @@ def test_a_signal_before_the_training(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "early"), [pytest.param(1, False, marks=pytest.mark.long), (2, True)]
+    ("count", "early"),
+    [pytest.param(1, False, marks=pytest.mark.long), pytest.param(2, True, marks=pytest.mark.long)],
 )
 def test_more_signals_do_not_disturb_the_saving(tmp_path, count, early):
     """With others, one that comes before the training stops it as soon as it has begun."""
@@ -446,6 +461,7 @@ def test_a_process_that_is_killed_while_all_save(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_processes_that_fail_alike_all_say_so(tmp_path):
     (tmp_path / "run").mkdir()
     with Group(2, command(tmp_path, "run")) as group:

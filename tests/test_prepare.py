@@ -372,6 +372,7 @@ def test_a_mended_volume_is_taken_in(raw, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_volume_that_kills_its_process_or_needs_too_much_memory(raw, tmp_path):
     reader = Fake(raw, size=5, deadly=(1,), huge=(3,))
     result = run(raw, tmp_path / "out", reader, workers=1, worker_gib=1.0)
@@ -416,7 +417,9 @@ def ends(group: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "kills"), [(0, (1, 3)), (2, (1,))])
+@pytest.mark.parametrize(
+    ("workers", "kills"), [(0, (1, 3)), pytest.param(2, (1,), marks=pytest.mark.long)]
+)
 def test_killed_and_continued_is_the_same_store(raw, tmp_path, workers, kills):
     whole, out = tmp_path / "whole", tmp_path / "out"
     reader = Fake(raw, size=24)

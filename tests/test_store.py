@@ -416,6 +416,7 @@ for size in (1, 2):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_worker_processes_hand_over_their_batches(store):
     """In an interpreter without executed annotations, which no worker process could be sent."""
     command = [sys.executable, "-c", WORKERS, str(store)]

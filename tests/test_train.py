@@ -465,7 +465,7 @@ def small_disk():
 @pytest.mark.slow
 # What the threads of Orbax leave behind that could not write.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("left", [0, 40960])
+@pytest.mark.parametrize("left", [0, pytest.param(40960, marks=pytest.mark.long)])
 def test_a_disk_that_fills_keeps_the_last_checkpoint(trained, small_disk, left):
     """Whichever file is the first that cannot be written: the log, or one of a checkpoint."""
     what = r"(metrics\.jsonl|a checkpoint)"

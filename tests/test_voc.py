@@ -475,6 +475,7 @@ def test_agreement_finds_what_is_more_than_rounding():
 # -- training of the whole network ----------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_finetuning_trains_the_backbone_and_its_statistics(tree, weights, capsys):
     source = VOC(tree, "train", SIZE)
     start = from_torch(TINY.clone(num_labels=7), read_weights(weights), (SIZE, SIZE))
