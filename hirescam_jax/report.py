@@ -143,7 +143,7 @@ def _bars(evaluations: dict[str, dict[str, Any]]) -> Figure:
     ax.set_xticks(np.arange(len(labels)), names, fontsize=8)
     ax.set_ylim(0, 1)
     ax.set_title("OrganIoU by HiResCAM, test split, 95 % intervals", loc="left", fontsize=11)
-    ax.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
+    ax.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     figure.tight_layout()
     return figure
 
