@@ -1,7 +1,6 @@
 """The `hirescam` command. Each subcommand is one function here; it only starts things."""
 
 import contextlib
-import dataclasses
 import signal
 import sys
 import traceback
@@ -193,6 +192,7 @@ def evaluate(
 
     from hirescam_jax import distributed, evaluate_checks
     from hirescam_jax.checkpoint import load_run
+    from hirescam_jax.config import measured_alike
     from hirescam_jax.data.pipeline import digest_of
     from hirescam_jax.evaluate import evaluate_run, table
     from hirescam_jax.files import atomic_file
@@ -201,9 +201,7 @@ def evaluate(
     from hirescam_jax.values import Values
 
     opened = load_run(run, checkpoint).on_mesh(depth_devices)
-    # All runs are measured alike, however the masks of their mask loss were made.
-    data = dataclasses.replace(opened.config.data, mask_method="nearest", dilate=False)
-    config = dataclasses.replace(opened.config, data=data)
+    config = measured_alike(opened.config)
     splits = {"val": open_data(config, "val", with_lesions=True)}
     if split == "test":
         try:

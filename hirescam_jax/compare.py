@@ -5,7 +5,6 @@ one with `permute_labels` it is the label randomisation of Adebayo et al. (NeurI
 stay alike show the image and not what was learnt.
 """
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from hirescam_jax.cam import normalize_map
 from hirescam_jax.checkpoint import Run
+from hirescam_jax.config import measured_alike
 from hirescam_jax.data.pipeline import Source, digest_of, make_batch
 from hirescam_jax.errors import UserError
 from hirescam_jax.evaluate import EVALUATED, aligned, interval_text
@@ -26,13 +26,12 @@ from hirescam_jax.losses import allowed_of
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
     best_threshold,
-    bootstrap,
-    nan_mean,
     organ_iou,
     random_maps,
     similarity,
 )
 from hirescam_jax.progress import progress
+from hirescam_jax.resampling import mean_intervals
 from hirescam_jax.train import open_data
 
 KINDS = ("ssim", "spearman", "spearman_absolute")
@@ -110,9 +109,8 @@ def compare(runs: Sequence[Run], volumes: int) -> dict[str, Any]:
 
 
 def _open(run: Run, split: str) -> Source:
-    """A split as `hirescam evaluate` opens it: masks alike for all runs."""
-    data = dataclasses.replace(run.config.data, mask_method="nearest", dilate=False)
-    return open_data(dataclasses.replace(run.config, data=data), split)
+    """A split as `hirescam evaluate` opens it, but without lesions."""
+    return open_data(measured_alike(run.config), split)
 
 
 def _check(runs: Sequence[Run], splits: Sequence[Sequence[Source]], volumes: int) -> None:
@@ -190,14 +188,9 @@ def _at_best(
 
 
 def _intervals(columns: dict[str, dict[str, np.ndarray]], patients: np.ndarray) -> dict[str, Any]:
-    keys = [(method, name) for method, of_method in columns.items() for name in of_method]
-    values = np.stack([columns[method][name] for method, name in keys], axis=-1).astype(float)
-    drawn = bootstrap(lambda cases: nan_mean(values[cases], axis=1), len(values), groups=patients)
-    result: dict[str, Any] = {method: {} for method in columns}
-    for (method, name), *interval in zip(keys, *drawn, strict=True):
-        named = zip(("value", "low", "high"), interval, strict=True)
-        result[method][name] = {n: None if np.isnan(v) else float(v) for n, v in named}
-    return result
+    flat = {(m, name): v for m, of_method in columns.items() for name, v in of_method.items()}
+    found = mean_intervals(flat, patients)
+    return {m: {name: found[m, name] for name in of_method} for m, of_method in columns.items()}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -122,6 +122,18 @@ class Config:
     permute_labels: bool = False
 
 
+def measured_alike(config: Config) -> Config:
+    """For runs that are measured in the same way, however the masks of their mask loss were made:
+    nearest and undilated ones."""
+    data = dataclasses.replace(config.data, mask_method="nearest", dilate=False)
+    return dataclasses.replace(config, data=data)
+
+
+def wherever_trained(config: Config) -> Config:
+    """Without what tells where and how often a run is computed and saved, not what comes out."""
+    return dataclasses.replace(config, workers=0, depth_devices=1, save_steps=0)
+
+
 def load_config(path: Path) -> Config:
     """Runs a config file and returns its `config`.
 

@@ -25,7 +25,6 @@ from hirescam_jax.evaluate import EVALUATED, baseline_maps
 from hirescam_jax.files import atomic_file
 from hirescam_jax.metrics import (
     blur,
-    bootstrap,
     cascading_randomization,
     deletion,
     insertion,
@@ -35,6 +34,7 @@ from hirescam_jax.metrics import (
     similarity,
 )
 from hirescam_jax.progress import progress
+from hirescam_jax.resampling import mean_intervals, null
 from hirescam_jax.summary_text import MAP_NAMES, aligned, interval_text, map_name
 
 STEPS = 16  # of the insertion and deletion curves
@@ -133,12 +133,7 @@ def _means(pairs: list[dict[str, Any]], groups: np.ndarray) -> dict[str, Any]:
     if not pairs:
         return {name: {"value": None, "low": None, "high": None} for name in MEASURES}
     stacked = {name: np.stack([pair[name] for pair in pairs]) for name in pairs[0]}
-    columns = np.stack([stacked[name] for name in MEASURES], axis=-1)
-    drawn = bootstrap(lambda cases: nan_mean(columns[cases], axis=1), len(pairs), groups=groups)
-    result: dict[str, Any] = {}
-    for name, *interval in zip(MEASURES, *drawn, strict=True):
-        named = zip(("value", "low", "high"), interval, strict=True)
-        result[name] = {n: None if np.isnan(v) else float(v) for n, v in named}
+    result: dict[str, Any] = mean_intervals({name: stacked[name] for name in MEASURES}, groups)
     for name in stacked.keys() - MEASURES.keys():
         values = nan_mean(stacked[name], axis=0)
         result[name] = None if np.isnan(values).any() else values.tolist()
@@ -177,7 +172,7 @@ def sanity(run: Run, source: Source, count: int) -> dict[str, Any]:
         for name, maps in maps_of(randomized).items():
             for kind, values in compare(trained[name], maps)._asdict().items():
                 mean = float(nan_mean(np.asarray(values).reshape(-1)))
-                methods[name][kind].append(None if np.isnan(mean) else mean)
+                methods[name][kind].append(null(mean))
     return {"volumes": count, "layers": layers, "methods": methods}
 
 

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hirescam_jax.config import Adam, Config, PhantomData, StoreData
+from hirescam_jax.config import Adam, Config, PhantomData, StoreData, wherever_trained
 from hirescam_jax.data.phantom import PhantomConfig
 from hirescam_jax.errors import UserError
 from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet
@@ -19,8 +19,6 @@ from hirescam_jax.run import Header
 # Table 1 and the comparison of mask sizes use a part of the data.
 SMALL_TRAIN, SMALL_VAL = 2000, 1000
 STORE = "prepared"
-# What tells where and how often a run is computed and saved, not what comes out.
-ANY = ("workers", "depth_devices", "save_steps")
 # What torchvision calls ResNet18_Weights.IMAGENET1K_V1; looked for in the working folder.
 IMAGENET = "resnet18-f37072fd.pth"
 
@@ -74,8 +72,8 @@ def check_made_with(run: Path, config: Config) -> None:
     model: Any = config.model
     wanted = dataclasses.replace(config, model=model.clone(num_labels=saved.model.num_labels))
     for spec in dataclasses.fields(Config):
-        before, now = (getattr(c, spec.name) for c in (saved, wanted))
-        if spec.name not in ANY and before != now:
+        before, now = (getattr(wherever_trained(c), spec.name) for c in (saved, wanted))
+        if before != now:
             texts = (" ".join(repr(value).split()) for value in (before, now))
             made, asked = (text if len(text) < 60 else text[:57] + "..." for text in texts)
             raise UserError(

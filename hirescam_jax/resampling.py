@@ -1,12 +1,16 @@
 """The bootstrap by how often each case is drawn, so that one sorting of the scores serves all
 resamples: seconds for a thousand of them, thousands of volumes and all labels."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy.sparse import csr_array
+
+from hirescam_jax.metrics import bootstrap, nan_mean
+
+Key = TypeVar("Key", bound=Hashable)
 
 MIN_GROUPS = 2  # of each class: fewer tell nothing about how a measure varies
 
@@ -164,11 +168,20 @@ def intervals(measure: Resampled) -> list[dict[str, float | None]]:
         # Sums of the same numbers in another order differ by rounding.
         agree = ends[3] - ends[0] <= 1e-12
         low[known], high[known] = (np.where(agree, np.nan, end) for end in ends[1:3])
-    return [
-        dict(zip(("value", "low", "high"), map(_null, column), strict=True))
-        for column in zip(value, low, high, strict=True)
-    ]
+    return [as_interval(*column) for column in zip(value, low, high, strict=True)]
 
 
-def _null(value: float) -> float | None:
+def mean_intervals(values: Mapping[Key, np.ndarray], groups: np.ndarray) -> dict[Key, dict]:
+    """Means of columns [N] with intervals by `metrics.bootstrap`, groups of cases drawn."""
+    columns = np.stack([*values.values()], axis=-1).astype(float)
+    drawn = bootstrap(lambda cases: nan_mean(columns[cases], axis=1), len(columns), groups=groups)
+    return {key: as_interval(*ends) for key, *ends in zip(values, *drawn, strict=True)}
+
+
+def as_interval(value: float, low: float, high: float) -> dict[str, float | None]:
+    return {"value": null(value), "low": null(low), "high": null(high)}
+
+
+def null(value: float) -> float | None:
+    """For JSON, which has no NaN."""
     return None if np.isnan(value) else float(value)

@@ -24,6 +24,7 @@ from hirescam_jax.resampling import (
     groups_in,
     intervals,
     mean_of,
+    null,
     resampled_means,
     resampled_ranks,
 )
@@ -204,7 +205,7 @@ def evaluate(
     for name, of_lesions in lesions.items():
         of_lesions["iou"]["thresholds"] = maps.thresholds[name, "iou"]
     error, plug_in = _calibration_error(probabilities, test.labels, times)
-    plug_in = map(_null, np.where(present, plug_in, np.nan))
+    plug_in = map(null, np.where(present, plug_in, np.nan))
     residuals = test.residuals
     return {
         "volumes": len(test.labels),
@@ -301,7 +302,7 @@ def _delong(
         one = delong(test.logits[None, :, k], test.labels[:, k], groups)
         (low,), (high,) = one.interval()
         error = float(np.sqrt(one.covariance[0, 0]))
-        found[label] = {"low": _null(low), "high": _null(high), "standard_error": _null(error)}
+        found[label] = {"low": null(low), "high": null(high), "standard_error": null(error)}
     return found
 
 
@@ -314,8 +315,8 @@ def _reliability(
     return {
         label: {
             "count": table.counts.tolist(),
-            "probability": [_null(p) for p in table.probability],
-            "frequency": [_null(f) for f in table.frequency],
+            "probability": [null(p) for p in table.probability],
+            "frequency": [null(f) for f in table.frequency],
         }
         for label, table in tables.items()
     }
@@ -323,7 +324,3 @@ def _reliability(
 
 def _dice(iou: np.ndarray) -> np.ndarray:
     return 2 * iou / (1 + iou)
-
-
-def _null(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

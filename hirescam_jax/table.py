@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hirescam_jax.config import measured_alike, wherever_trained
 from hirescam_jax.differences import difference_tables
 from hirescam_jax.errors import UserError
 from hirescam_jax.files import atomic_file
@@ -321,10 +322,7 @@ def mask_tables(evaluations: Mapping[str, Any], headers: Mapping[str, Header]) -
     groups: dict[Any, dict[tuple[str, bool], str]] = {}
     for name, header in headers.items():
         data = header.config.data
-        plain = dataclasses.replace(data, mask_method="nearest", dilate=False)
-        same = {"workers": 0, "depth_devices": 1, "save_steps": 0}  # where it was trained
-        config = dataclasses.replace(header.config, data=plain, **same)
-        rest = repr((config, header.labels, header.shape))
+        rest = repr((measured_alike(wherever_trained(header.config)), header.labels, header.shape))
         groups.setdefault(rest, {}).setdefault((data.mask_method, data.dilate), name)
     found = [group for group in groups.values() if len(group) > 1]
     shown = [measure for measure in MEASURES if measure.name == "AUROC" or measure.map]
