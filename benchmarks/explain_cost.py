@@ -26,7 +26,7 @@ from common import cost, interleave, machine_line, measure_ceilings, memory, mib
 from common import write_results as write
 
 from hirescam_jax.cam import explain
-from hirescam_jax.compiling import compiler_options
+from hirescam_jax.compiling import compiler_options, reuse_memory
 from hirescam_jax.config import Config
 from hirescam_jax.models import AxialNet
 from hirescam_jax.step import feature_grid
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--no-torch", action="store_true", help="skip PyTorch")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
+    reuse_memory()  # as the commands do
     shape = (405, 420, 420) if args.full else tuple(args.volume)
     model = axialnet(args.labels, shape[1], args.dtype)
     volume = np.random.default_rng(0).normal(size=(args.batch, *shape)).astype(np.float32)

@@ -32,7 +32,7 @@ from hirescam_jax.attribution import (
 )
 from hirescam_jax.cam import METHODS
 from hirescam_jax.cam_family import guided_attention, scorecam
-from hirescam_jax.compiling import compiler_options
+from hirescam_jax.compiling import compiler_options, reuse_memory
 
 
 def methods_of(model: Any, shape: tuple[int, ...]) -> dict[str, Callable[[Any, jax.Array], Any]]:
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
+    reuse_memory()  # as the commands do
     shape = tuple(args.volume)
     model = axialnet(args.labels, shape[1], "float32")
     volumes = np.random.default_rng(0).normal(size=(args.batch, *shape)).astype(np.float32)

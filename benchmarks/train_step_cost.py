@@ -24,7 +24,7 @@ import numpy as np
 from common import Timing, interleave, machine_line, memory, mib, ratio, write_results
 from explain_cost import axialnet
 
-from hirescam_jax.compiling import compiler_options
+from hirescam_jax.compiling import compiler_options, reuse_memory
 from hirescam_jax.config import Config, PhantomData
 from hirescam_jax.data.phantom import LABELS
 from hirescam_jax.demo import demo_config
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--no-torch", action="store_true", help="skip PyTorch")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
+    reuse_memory()  # as the commands do
     if args.demo:
         config = demo_config()
         model = config.model.clone(num_labels=len(LABELS))

@@ -342,6 +342,7 @@ Kubernetes and on TPU pods; elsewhere each of N is given
 OWN_ARGUMENTS = {"train": train, "convert": convert}
 # Those that run on several processes.
 DISTRIBUTED = ("train", "evaluate", "explain")
+COMPUTING = (*DISTRIBUTED, "demo", "voc")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -384,14 +385,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str]) -> None:
     from hirescam_jax import distributed, preemption
+    from hirescam_jax.compiling import reuse_memory
 
     launch, rest = distributed.parse_launch(arguments)
     name, rest = (rest[0], rest[1:]) if rest else ("", [])
     if name not in DISTRIBUTED and launch.coordinator is not None:
         raise UserError(f"--coordinator: '{name}' runs in one process")
     with preemption.before_training() if name == "train" else contextlib.nullcontext():
-        if name in DISTRIBUTED and not {"-h", "--help"} & set(rest):
-            distributed.start(launch, preemptible=name == "train")
+        if name in COMPUTING and not {"-h", "--help"} & set(rest):
+            if name in DISTRIBUTED:
+                distributed.start(launch, preemptible=name == "train")
+            reuse_memory()
         _call(name, rest)
 
 

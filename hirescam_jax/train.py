@@ -119,8 +119,8 @@ def train(
                 with watch("input"):
                     batch = layout.to_devices(next(batches))
                 trace.before(step, pending)
-                state, metrics = step_fn(state, batch)
                 with watch("device"):
+                    state, metrics = step_fn(state, batch)
                     # Reading the step before leaves the device busy with this one.
                     pending = log.step(step, pending, metrics)
                 step += 1
