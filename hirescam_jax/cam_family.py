@@ -48,7 +48,8 @@ def class_activation_map(
     maps[b, l] = sum_c w_lc features[b, ..., c], for a head that is an average (or a sum) over the
     positions and one linear layer, whose weights are found from the head itself; w includes the
     1/N of an average, so that a map and the bias sum to the logit. For such heads, and no others,
-    it is also HiResCAM and Grad-CAM.
+    it is also HiResCAM and Grad-CAM. The head is checked when this is traced: call it under
+    `jax.jit` where it is called often.
 
     Raises:
         ValueError: any other head, which has no such weights.
@@ -110,8 +111,9 @@ def xgradcam(
     """XGrad-CAM: the gradient averaged with the features as weights (Fu et al. 2020, arXiv
     2008.02312, equation 8).
 
-    The weight of a channel is sum_p g_p A_p / sum_p A_p, 0 where the channel sums to 0. A map
-    therefore sums to what HiResCAM's does, but not at the same places.
+    The weight of a channel is sum_p g_p A_p / sum_p A_p, 0 where the channel sums to 0. Where none
+    does, a map sums to what HiResCAM's does, but not at the same places. Features that are centred
+    over the positions, as by InstanceNorm, have sums that are rounding alone, and so are the maps.
     """
     del positions
 
@@ -155,7 +157,7 @@ def eigencam(
 
     The features are centred over the positions first, as in the well-known implementation in
     PyTorch. The sign of a component is arbitrary; here it is the one with which the map correlates
-    positively with the mean of the channels.
+    positively with the mean of the channels. Its gradient is NaN where all features are equal.
     """
     features = checked_features(features)
     num_labels = check_call(head, features, jax.eval_shape(head, features), labels)

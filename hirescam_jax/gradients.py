@@ -4,17 +4,17 @@ A head is any function from features [B, *grid, C] to logits [B, K] that treats 
 batch independently.
 """
 
-import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array, Float, Int
 
-from hirescam_jax.independence import check_independent
+from hirescam_jax.independence import check_independent, treats_alike
 
 Head: TypeAlias = Callable[[Array], Array]
 Labels: TypeAlias = Sequence[int] | np.ndarray | Array | None
@@ -22,8 +22,8 @@ Labels: TypeAlias = Sequence[int] | np.ndarray | Array | None
 # Gradients of several labels are held at once only while they fit in this many bytes.
 MAX_GRADIENT_BYTES = 256 * 2**20
 
-# Batch sizes with which heads are traced: another than their own, and seldom that of another axis.
-OTHER_BATCHES = (29, 31)
+# Batch sizes with which heads are traced: such as are neither their own nor a part of another axis.
+OTHER_BATCHES = (29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73)
 
 
 def gradient_maps(
@@ -77,57 +77,59 @@ def in_chunks(function: Callable, items: Array, bytes_each: int, max_bytes: int)
 def is_affine(head: Head, features: Any, logits: Any) -> bool:
     """Whether the traced gradient of the head is free of the features.
 
-    Then it is affine, up to parts without a gradient. Conservative: an operation counts as using
-    all of its inputs for all of its outputs.
+    Then it is affine, up to parts without a gradient. Conservative: an operation is taken to use
+    all of its inputs for all of its outputs, whatever their values.
     """
-    traced = _traced_gradient(head, features, logits, _other_batch(features))
+    traced = _traced_gradient(head, features, logits, _other_batch(features, logits))
     traced = traced or _traced_gradient(head, features, logits, features.shape[0])
-    return traced is not None and not _uses_features(traced)
+    return traced is not None and not traced.uses_features
 
 
 def has_one_gradient(head: Head, features: Any, logits: Any) -> bool:
     """Whether the gradient of the head is also the same for every example of a batch.
 
-    Not so, or not known to be so: a head that holds data of its whole batch, draws random numbers
-    (dropout) or counts the examples.
+    Not so, or not known to be so: a head that has data of its own for each example (numbers that it
+    counts, holds or draws, as in dropout), or one that is not seen to keep the examples apart.
     """
-    batch = _other_batch(features)
+    batch = _other_batch(features, logits)
     traced = _traced_gradient(head, features, logits, batch)
-    if traced is None or _uses_features(traced):
-        return False
-    counted = re.findall(r"\biota\[.*?shape=\((.*?)\)", str(traced), re.DOTALL)
-    if any(str(batch) in shape.replace(" ", "").split(",") for shape in counted):
-        return False
-    return not any(name in str(traced) for name in ("random", "threefry"))
+    return (
+        traced is not None
+        and not traced.uses_features
+        and treats_alike(traced.program, int(traced.uses_cotangent), batch)
+    )
 
 
-def _uses_features(traced: Any) -> bool:
-    needed = set(map(id, traced.outvars))
-    for equation in reversed(traced.eqns):
-        if needed.intersection(map(id, equation.outvars)):
-            needed.update(map(id, equation.invars))
-    return id(traced.invars[0]) in needed
+class _TracedGradient(NamedTuple):
+    """The program (cotangent [B, K]) -> gradient, without what is not needed for it."""
+
+    program: Any
+    uses_features: bool
+    uses_cotangent: bool
 
 
-def _other_batch(features: Any) -> int:
-    return next(n for n in OTHER_BATCHES if n != features.shape[0])
+def _other_batch(features: Any, logits: Any) -> int:
+    sizes = {*features.shape, *logits.shape}
+    return next((n for n in OTHER_BATCHES if all(size % n for size in sizes)), OTHER_BATCHES[0])
 
 
-def _traced_gradient(head: Head, features: Any, logits: Any, batch: int) -> Any:
-    """The program (features [1, *grid, C], cotangent [1, K]) -> gradient of a head at so many
-    examples; None for a head that does not take them."""
+def _traced_gradient(head: Head, features: Any, logits: Any, batch: int) -> _TracedGradient | None:
+    """Of a head at so many examples; None for a head that does not take them."""
 
     def gradient(features: Array, cotangent: Array) -> Array:
         features = jnp.broadcast_to(features, (batch, *features.shape[1:]))
         logits, pull_back = jax.vjp(head, features)
         if logits.shape[0] != batch:
             raise ValueError("a head that holds data of the whole batch")
-        return pull_back(jnp.broadcast_to(cotangent, logits.shape))[0]
+        return pull_back(cotangent)[0]
 
+    cotangent = jax.ShapeDtypeStruct((batch, *logits.shape[1:]), logits.dtype)
     try:
-        return jax.make_jaxpr(gradient)(features[:1], logits[:1]).jaxpr
+        traced = jax.make_jaxpr(gradient)(features[:1], cotangent).jaxpr
     except (TypeError, ValueError, OverflowError):
         return None
+    program, (uses_features, uses_cotangent) = dce_jaxpr(traced, [True])
+    return _TracedGradient(program, uses_features, uses_cotangent)
 
 
 def checked_features(features: Array) -> Array:
@@ -150,8 +152,8 @@ def check_call(head: Head, features: Array, logits: Any, labels: Labels) -> int:
     """What every method checks of a head, its logits and the labels; returns K.
 
     Raises:
-        ValueError: logits that are not [B, K], labels that are not [L] or [B, L] or out of range,
-            a head that mixes the examples.
+        ValueError: logits that are not floats [B, K], labels that are not [L] or [B, L] or out of
+            range, a head that mixes the examples.
     """
     num_labels = check_logits(logits, features)
     check_labels(labels, features.shape[0], num_labels)
@@ -166,6 +168,8 @@ def check_logits(logits: Any, features: Array) -> int:
         raise ValueError(f"{wanted}, got a {type(logits).__name__}")
     if logits.ndim != 2 or logits.shape[0] != features.shape[0]:
         raise ValueError(f"{wanted}, got {logits.shape}")
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"head must return real floating-point logits, got {logits.dtype}")
     return logits.shape[1]
 
 

@@ -94,6 +94,50 @@ def keeps_apart(program: Any) -> bool | None:
     return places in ([None], [Place(0)])
 
 
+def treats_alike(jaxpr: Any, examples: int, count: int) -> bool:
+    """Whether a program does the same with each of `count` examples, which lie along the first axis
+    of its inputs (their number is `examples`, 0 or 1) and of its result; False if that is not seen.
+
+    No other axis may be a multiple of `count`.
+    """
+    try:
+        places = _follow(jaxpr, [Place(0)] * examples, count)
+    except (_CrossedError, _UnknownError):
+        return False
+    return places in ([None], [Place(0)]) and _others_alike(jaxpr, [True] * examples, count)
+
+
+def _others_alike(jaxpr: Any, followed: list[bool], count: int) -> bool:
+    """Whether what does not depend on the inputs that are followed is the same for all examples: it
+    has no axis for them, or one along which it was broadcast."""
+    known = {id(v) for v, own in zip(jaxpr.invars, followed, strict=True) if own}
+
+    def has_axis(v: Any) -> bool:
+        return any(size % count == 0 for size in getattr(v.aval, "shape", ()))
+
+    def may_differ(equation: Any) -> bool:
+        kept = equation.primitive.name in (*POINTWISE, "broadcast_in_dim")
+        return not kept and any(map(has_axis, equation.outvars))
+
+    if any(map(has_axis, jaxpr.constvars)):
+        return False
+    for equation in jaxpr.eqns:
+        name, inputs = equation.primitive.name, [id(v) in known for v in equation.invars]
+        if name in CALLS:
+            called = _called(equation.params)
+            if not _others_alike(getattr(called, "jaxpr", called), inputs, count):
+                return False
+        elif not any(inputs) and may_differ(equation):
+            return False
+        if any(inputs):
+            known.update(map(id, equation.outvars))
+    return True
+
+
+def _called(params: Any) -> Any:
+    return params.get("call_jaxpr", params.get("jaxpr", params.get("fun_jaxpr")))
+
+
 def _follow(jaxpr: Any, places: list[Place | None], count: int) -> list[Place | None]:
     """Where the examples lie in a program's results; None for what does not depend on them."""
     known = {id(v): place for v, place in zip(jaxpr.invars, places, strict=True)}
@@ -108,7 +152,7 @@ def _follow(jaxpr: Any, places: list[Place | None], count: int) -> list[Place | 
 def _after(equation: Any, places: list[Place | None], count: int) -> list[Place | None]:
     name, params = equation.primitive.name, equation.params
     if name in CALLS:
-        called = params.get("call_jaxpr", params.get("jaxpr", params.get("fun_jaxpr")))
+        called = _called(params)
         return _follow(getattr(called, "jaxpr", called), places, count)
     if name == "cond" and places[0] is None:
         first, *rest = [_follow(b.jaxpr, places[1:], count) for b in params["branches"]]

@@ -1,8 +1,10 @@
 """The state dicts in files of PyTorch and safetensors, as plain float32 arrays by name."""
 
+import hashlib
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ WRAPPERS = ("params", "state_dict", "model_state_dict", "model")
 # What DataParallel, PyTorch Lightning and torch.compile write before all names.
 PREFIXES = ("module.", "model.", "_orig_mod.")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+TORCHVISION_FILE = re.compile(
+    r"(?:resnet\d+|densenet\d+|vgg\d+(?:_bn)?|mobilenet_v2)-([0-9a-f]{8})\.pth"
+)
 Tensors = dict[str, np.ndarray]
 
 
@@ -51,8 +56,8 @@ def _load_safetensors(path: Path) -> Any:
 def _load_torch(path: Path) -> Any:
     torch = need_torch(path)
     unreadable = f"{path}: not readable as PyTorch weights"
-    if _is_torchscript(path):
-        raise UserError(f"{unreadable}: it is TorchScript: save the model's state_dict()")
+    if problem := _problem_of_archive(path) or _problem_of_name(path):
+        raise UserError(f"{unreadable}: {problem}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickles; what matters is raised too
@@ -69,12 +74,30 @@ def _load_torch(path: Path) -> Any:
         raise UserError(f"{unreadable}: {reason}") from error
 
 
-def _is_torchscript(path: Path) -> bool:
+def _problem_of_archive(path: Path) -> str:
+    """What is wrong with a file of the newer format; PyTorch does not look at its checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:
-        return False
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return "it is TorchScript: save the model's state_dict()"
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
+        if not zipfile.is_zipfile(path):
+            return ""
+        return "damaged or truncated"
+    return f"damaged: the checksum of its part '{damaged}' is wrong" if damaged else ""
+
+
+def _problem_of_name(path: Path) -> str:
+    """torchvision's files carry the start of their own hash in their name."""
+    found = TORCHVISION_FILE.fullmatch(path.name)
+    if not found or not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest.startswith(found[1]):
+        return ""
+    return f"damaged, or not the file of this name: its SHA-256 starts with {digest[:8]}"
 
 
 def need_torch(path: Path) -> Any:

@@ -115,6 +115,8 @@ def _shapes(model: Any, shape: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
         features, variables = jax.eval_shape(init, jax.random.key(0), example)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
+        if isinstance(error, ZeroDivisionError):
+            reason = "its layers leave no cell of it"
         raise ValueError(f"{kind} does not fit shape {shape}: {reason}") from error
     grid = features.shape[1:-1]
     if min(grid) < 1:

@@ -56,12 +56,14 @@ class HeadVerdict:
 
     kind:
         "equal": affine, with a gradient that is constant over the positions: HiResCAM is exact, and
-            so are Grad-CAM and CAM, which are the same.
+            so are Grad-CAM and CAM, which are the same; XGrad-CAM too, unless a channel of the
+            features sums to zero over the positions, as a normalised one does.
         "exact": affine: sum of the map = logit - bias.
         "complete": not affine, but sum of the map = logit - head(0) all the same, because the head
             selects: a maximum over slices of one linear layer; exact on the positions that won.
         "none": no guarantee. Several layers with ReLU belong here even where they have no bias and
-            their maps happen to sum to the score.
+            their maps happen to sum to the score; so do a few heads that select, of which that is
+            not seen, such as a maximum of scores whose weights differ between the positions.
     text: the same as one sentence.
     residual: the worst |sum of the map + head(0) - logit| that was measured, relative to the sum of
         the sizes of all terms.
@@ -90,7 +92,8 @@ class HeadVerdict:
         """Whether a method's maps account for the score, where they lie."""
         if method == "hirescam":
             return self.guaranteed
-        return self.kind == "equal" and method in ("gradcam", "cam", "xgradcam")
+        # XGrad-CAM's are the same too, but where a channel sums to zero over the positions.
+        return self.kind == "equal" and method in ("gradcam", "cam")
 
     def short(self, method: str = "hirescam") -> str:
         """A few words on what holds for a method of `cam.METHODS`: for tables and captions."""
@@ -142,7 +145,8 @@ def head_verdict(head: Head, feature_shape: Sequence[int]) -> HeadVerdict:
     elif not traced.affine and max(found.residual, found.shifted) <= tolerance < found.curvature:
         kind = "complete"
     elif traced.affine:
-        rounded = low_precision and max(found.residual, found.curvature) <= NEARLY_AFFINE
+        worst = max(found.residual, found.curvature)
+        rounded = low_precision and (worst <= NEARLY_AFFINE or math.isinf(worst))  # or overflow
         text = TEXTS["imprecise" if rounded else "partial"]
     return HeadVerdict(kind, text or TEXTS[kind], found.residual, difference)
 
@@ -241,7 +245,9 @@ def _measured(traced: _Traced, generic: bool) -> _Measured:
         constants = [_generic(x, seed) for seed, x in enumerate(constants)]
     aval, logits = traced.program.in_avals[0], traced.program.out_avals[0]
     rng = np.random.default_rng(0)
-    features = rng.standard_normal(aval.shape).astype(aval.dtype)
+    # Each example and channel has its own mean: what is pooled must be no smaller than what is not.
+    means = rng.standard_normal((aval.shape[0], *[1] * (len(aval.shape) - 2), aval.shape[-1]))
+    features = (means + rng.standard_normal(aval.shape)).astype(aval.dtype)
     shift = rng.standard_normal(aval.shape[-1]).astype(aval.dtype)
     few = math.prod(aval.shape[1:]) > MANY_FEATURES
     scales = np.asarray(SCALES[1::4] if few else SCALES, aval.dtype)
@@ -273,10 +279,17 @@ def _probe(
 ) -> _Measured:
     """Every scale is tried, with one of the examples after the other.
 
-    A random mix of the logits stands for all labels: the maps are linear in it. One input after the
-    other, so that the head is compiled once.
+    A random mix of the logits stands for all labels: the maps are linear in it. Each label counts
+    alike in it, however large its weights. One input after the other, so that the head is compiled
+    once.
     """
     run = jaxpr_as_fun(program.replace(consts=constants))
+
+    def rises(scale: Array) -> Array:
+        return jnp.abs(run(scale * features)[0] - run(0 * features)[0]).max(axis=0)
+
+    sizes = jax.lax.map(rises, scales).astype(mixes.dtype)
+    mixes = mixes / jnp.where(jnp.isfinite(sizes) & (sizes > 0), sizes, 1)
 
     def one(point: tuple[Array, Array, Array]) -> _Found:
         index, scale, multiples = point
@@ -284,6 +297,8 @@ def _probe(
         own = jnp.arange(len(features)) == example
         x = scale * features
         of_x, of_y, of_shift = multiples * scale
+        # Both ways: a part that is switched on by c is off at -c.
+        of_shift *= jnp.where(index % 2, -1, 1)
         tried = of_x * features + of_y * jnp.roll(features, 1, axis=0) + of_shift * shift
         logits, pull_back = jax.vjp(lambda x: run(x)[0], tried)
         cotangent = jnp.where(own[:, None], mixes[index], 0).astype(logits.dtype)

@@ -16,6 +16,7 @@ from hirescam_jax.cam import (
     hirescam,
     normalize_map,
 )
+from hirescam_jax.gradients import has_one_gradient
 from hirescam_jax.losses import mask_loss
 from hirescam_jax.models import AxialNet, Conv3DNet
 
@@ -271,6 +272,8 @@ def test_bad_features_and_heads():
         hirescam(lambda x: x.sum(-1), jnp.ones((2, 3, 4, 5)))
     with pytest.raises(ValueError, match="with B = 2"):
         hirescam(lambda x: x.sum(axis=(0, 1))[None], jnp.ones((2, 3, 4)))
+    with pytest.raises(ValueError, match="real floating-point logits, got int32"):
+        hirescam(lambda x: jnp.argmax(x.sum(axis=1), axis=-1, keepdims=True), jnp.ones((2, 3, 4)))
     with pytest.raises(ValueError, match=r"must return logits \[B, K\].*, got a tuple"):
         hirescam(lambda x: (x.sum(axis=1), 1), jnp.ones((2, 3, 4)))
 
@@ -280,6 +283,62 @@ def test_bad_features_and_heads():
 def test_empty_features(method, shape):
     with pytest.raises(ValueError, match="features are empty"):
         method(lambda x: x.sum(axis=1), jnp.ones(shape))
+
+
+# -- heads that do not treat all examples alike ---------------------------------------------------
+
+OWN_RNG = np.random.default_rng(5)
+OWN_KERNEL = jnp.asarray(OWN_RNG.normal(size=(12, 2)), jnp.float32)
+TABLE = jnp.asarray(OWN_RNG.normal(size=(64, 1)), jnp.float32)
+
+
+def drawn(count):
+    return np.random.default_rng(0).normal(size=(count, 1)).astype(np.float32)
+
+
+def dropped(count):
+    return jax.random.bernoulli(jax.random.key(0), 0.5, (count, 1))
+
+
+FACTORS = {  # of so many examples, one for each
+    "start_of_a_table": lambda count: TABLE[:count],
+    "part_of_a_table": lambda count: jax.lax.dynamic_slice_in_dim(TABLE, 2, count),
+    "counted_by_numpy": lambda count: np.arange(count, dtype=np.float32)[:, None],
+    "counted": lambda count: jnp.arange(count)[:, None],
+    "linspace": lambda count: jnp.linspace(1, 2, count)[:, None],
+    "summed_up": lambda count: jnp.cumsum(jnp.ones((count, 1)), axis=0),
+    "drawn": drawn,
+    "dropped": dropped,
+    "counted_within": lambda count: jax.jit(lambda: jnp.cumsum(jnp.ones((count, 1)), axis=0))(),
+    "the_same": lambda count: jnp.full((count, 1), 3.0) * 2 - TABLE[0],
+}
+
+
+def example_by_example(x):
+    return jnp.stack([row * (i + 1) for i, row in enumerate(x.reshape(len(x), -1) @ OWN_KERNEL)])
+
+
+OWN = {
+    name: lambda x, factors=factors: x.reshape(len(x), -1) @ OWN_KERNEL * factors(len(x))
+    for name, factors in FACTORS.items()
+} | {"example_by_example": example_by_example}
+
+
+@pytest.mark.parametrize("head", OWN.values(), ids=OWN)
+def test_each_example_has_its_own_gradient(head):
+    features = jnp.asarray(OWN_RNG.normal(size=(4, 3, 4)), jnp.float32)
+    jacobian = np.asarray(jax.jacrev(head)(features))
+    own = np.stack([jacobian[i, :, i] for i in range(4)])
+    expected = (own * np.asarray(features)[:, None]).sum(axis=-1)
+    for maps_of in (partial(hirescam, head), jax.jit(partial(hirescam, head))):
+        np.testing.assert_allclose(maps_of(features), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "gap_fc", "the_same"])
+def test_one_gradient_serves_a_batch_where_it_can(name):
+    head = OWN.get(name) or partial(head_in_jax, name, random_case(name, (5, 4))[0])
+    features = jnp.ones((4, 3, 4) if name in OWN else (BATCH, 5, 4, CHANNELS))
+    assert has_one_gradient(head, features, jax.eval_shape(head, features))
 
 
 # -- transformations ------------------------------------------------------------------------------

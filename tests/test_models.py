@@ -280,8 +280,18 @@ def test_gradients_by_one_product_are_xlas(size, kernel, stride, padding):
 
 
 @pytest.mark.parametrize("images", [1, 3, 40], ids=["both", "input", "plain"])
-@pytest.mark.parametrize(("stride", "padding"), [(1, None), (2, None), (1, "VALID")])
-def test_the_convolution_layers_gradients_are_xlas(images, stride, padding):
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"),
+    [
+        ((4, 5), 1, None),
+        ((4, 5), 2, None),
+        ((4, 5), 1, "VALID"),
+        ((2, 3), 1, None),  # smaller than the kernel's window
+        ((2, 2), 2, None),
+        ((1, 3), 1, "SAME"),
+    ],
+)
+def test_the_convolution_layers_gradients_are_xlas(images, size, stride, padding):
     """Whichever of their ways the sizes choose, in float64."""
     rng = np.random.default_rng(0)
     pads = [(1, 1)] * 2 if padding is None else padding
@@ -295,7 +305,7 @@ def test_the_convolution_layers_gradients_are_xlas(images, stride, padding):
         return module.apply({"params": {"kernel": w}}, x)
 
     with jax.enable_x64(True):
-        x = jnp.asarray(rng.normal(size=(images, 4, 5, 12)))
+        x = jnp.asarray(rng.normal(size=(images, *size, 12)))
         w = jnp.asarray(rng.normal(size=(3, 3, 12, 32)))
         wanted_y, wanted = jax.jit(partial(jax.vjp, plain))(w, x)
         y, found = jax.jit(partial(jax.vjp, layer))(w, x)

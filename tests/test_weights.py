@@ -1,5 +1,6 @@
 """Weights from and for PyTorch: the same numbers, and what files of them look like."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -362,6 +363,30 @@ def test_damaged_files_are_said_to_be_so(tmp_path):
             with pytest.raises(UserError, match=f"^{path}: .*: damaged or truncated") as caught:
                 read_weights(path)
             assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_is_seen(tmp_path):
+    path = tmp_path / "weights.pth"
+    write_weights(path, {"a": np.arange(1000, dtype=np.float32)})
+    content = bytearray(path.read_bytes())
+    content[content.index(np.float32(500).tobytes() + np.float32(501).tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged: the checksum of its part '.*data/0' is wrong$"):
+        read_weights(path)
+
+
+def test_torchvisions_file_names_are_checked(tmp_path):
+    write_weights(tmp_path / "weights.pth", {"a": np.ones(3, np.float32)})
+    content = (tmp_path / "weights.pth").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    wrong = "00000000" if digest != "00000000" else "11111111"
+    for name in (f"resnet18-{digest}.pth", f"lungs-{wrong}.pth"):
+        (tmp_path / name).write_bytes(content)
+        assert list(read_weights(tmp_path / name)) == ["a"]
+    path = tmp_path / f"resnet18-{wrong}.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"not the file of this name: its SHA-256 .* {digest}$"):
+        read_weights(path)
 
 
 def test_torchscript_is_not_damaged(tmp_path):

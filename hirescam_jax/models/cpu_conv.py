@@ -1,8 +1,10 @@
-"""Gradients of 2D convolutions as single matrix products, for CPUs.
+"""2D convolutions and their gradients as single matrix products, for CPUs.
 
 XLA's gradients of a convolution by its input and by its kernel are convolutions again, around which
 it turns or transposes the kernel. Where that is large and the images are small, as in the last
-stage of a ResNet, this takes longer than the arithmetic. See `layers._conv2d` for their use.
+stage of a ResNet, this takes longer than the arithmetic. And where an image is smaller than the
+kernel's window, XLA lets the two change places, for which it has no fast program on CPU. See
+`layers._conv2d` for their use.
 """
 
 from collections.abc import Sequence
@@ -52,13 +54,39 @@ def conv2d_kernel_gradient(
     One product of what the kernel saw at each place with the gradient there; it needs N h w kh kw C
     values of memory.
     """
-    (kh, kw, channels, features), (images, height, width, _) = shape, grad.shape
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    return (_seen(x, shape, strides, padding).T @ grad.reshape(-1, shape[-1])).reshape(shape)
 
-    def seen(i: int, j: int) -> Array:
+
+def conv2d_small(
+    x: Float[Array, "N H W C"],
+    kernel: Float[Array, "kh kw C F"],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+) -> Float[Array, "N h w F"]:
+    """The convolution itself; memory as for the gradient by the kernel."""
+    height, width = _out_size(x, kernel.shape, strides, padding)
+    product = _seen(x, kernel.shape, strides, padding) @ kernel.reshape(-1, kernel.shape[-1])
+    return product.reshape(x.shape[0], height, width, kernel.shape[-1])
+
+
+def _seen(
+    x: Array, shape: Sequence[int], strides: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> Array:
+    """What the kernel sees at each place: [N h w, kh kw C]."""
+    kh, kw, channels, _ = shape
+    height, width = _out_size(x, shape, strides, padding)
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+    def tap(i: int, j: int) -> Array:
         stop = (i + (height - 1) * strides[0] + 1, j + (width - 1) * strides[1] + 1)
-        return lax.slice(x, (0, i, j, 0), (images, *stop, channels), (1, *strides, 1))
+        return lax.slice(padded, (0, i, j, 0), (x.shape[0], *stop, channels), (1, *strides, 1))
 
-    patches = jnp.concatenate([seen(i, j) for i in range(kh) for j in range(kw)], axis=-1)
-    product = patches.reshape(-1, kh * kw * channels).T @ grad.reshape(-1, features)
-    return product.reshape(kh, kw, channels, features)
+    patches = jnp.concatenate([tap(i, j) for i in range(kh) for j in range(kw)], axis=-1)
+    return patches.reshape(-1, kh * kw * channels)
+
+
+def _out_size(
+    x: Array, shape: Sequence[int], strides: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> list[int]:
+    sizes = zip(x.shape[1:3], shape[:2], strides, padding, strict=True)
+    return [(size + sum(pad) - taps) // stride + 1 for size, taps, stride, pad in sizes]

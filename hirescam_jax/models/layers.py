@@ -1,5 +1,6 @@
 """The layers that the networks share: convolutions, BatchNorm and the ResNet backbone."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from hirescam_jax import sharding
-from hirescam_jax.models.cpu_conv import conv2d_input_gradient, conv2d_kernel_gradient
+from hirescam_jax.models.cpu_conv import (
+    conv2d_input_gradient,
+    conv2d_kernel_gradient,
+    conv2d_small,
+)
 from hirescam_jax.sharding import DATA, DEPTH
 
 # He et al. 2015, fan-out: what torchvision initialises ResNet with.
@@ -34,7 +39,7 @@ def conv(features: int, kernel: int, stride: int = 1, *, padding: int | str | No
 
 
 def _conv2d(x, kernel, strides, padding, *, dimension_numbers, **options):
-    """`lax.conv_general_dilated` for `nn.Conv`, with faster gradients on CPU."""
+    """`lax.conv_general_dilated` for `nn.Conv`, on CPU with faster gradients and small images."""
     plain = partial(
         lax.conv_general_dilated,
         window_strides=strides,
@@ -44,12 +49,20 @@ def _conv2d(x, kernel, strides, padding, *, dimension_numbers, **options):
     )
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    if kernel.size <= x.size or options.get("feature_group_count", 1) > 1:
+    window, image = math.prod(kernel.shape[:2]), math.prod(x.shape[1:3])
+    swapped = window > image > 1  # what XLA does then, see `cpu_conv`
+    dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
+    unusual = options.get("feature_group_count", 1) > 1 or any(d != 1 for d in dilations)
+    if unusual or (kernel.size <= x.size and not swapped):
         return plain(x, kernel)
 
-    @jax.custom_vjp
-    def convolve(x: Array, kernel: Array) -> Array:
-        return plain(x, kernel)
+    def forward(x: Array, kernel: Array) -> Array:
+        if not swapped:
+            return plain(x, kernel)
+        small = partial(conv2d_small, strides=strides, padding=padding)
+        return lax.platform_dependent(x, kernel, cpu=small, default=plain)
+
+    convolve = jax.custom_vjp(forward)
 
     def backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
         x, kernel = saved
@@ -66,7 +79,8 @@ def _conv2d(x, kernel, strides, padding, *, dimension_numbers, **options):
             cpu=lambda kernel, grad: conv2d_input_gradient(x.shape, kernel, grad, strides, padding),
             default=by_input,
         )
-        if grad.size >= kernel.shape[-1] ** 2:  # what the product gathers is larger than the kernel
+        # What the product gathers is larger than the kernel then.
+        if grad.size >= kernel.shape[-1] ** 2 and not swapped:
             return grad_x, by_kernel(x, grad)
         grad_kernel = lax.platform_dependent(
             x,
@@ -76,7 +90,7 @@ def _conv2d(x, kernel, strides, padding, *, dimension_numbers, **options):
         )
         return grad_x, grad_kernel
 
-    convolve.defvjp(lambda x, kernel: (plain(x, kernel), (x, kernel)), backward)
+    convolve.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), backward)
     return convolve(x, kernel)
 
 
