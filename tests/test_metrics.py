@@ -450,6 +450,8 @@ def test_delong_where_it_is_not_defined():
     assert delong_test(order, 5 * order, truth) == (0, 0, 1)
     with pytest.raises(ValueError, match="must agree"):
         delong(scores, np.zeros(4, bool))
+    of_lists = delong([[0.1, 0.4, 0.3, 0.8]], [0, 1, 0, 1])
+    assert of_lists.value.tolist() == [1]
 
 
 # -- missing labels -------------------------------------------------------------------------------
@@ -535,6 +537,17 @@ def test_calibration_in_closed_form():
         reliability(np.array([0.5, 1.5]), np.array([True, False]))
     with pytest.raises(ValueError, match="must agree"):
         reliability(np.array([0.5]), np.array([True, False]))
+
+
+def test_brier_score_refuses_what_is_no_probability():
+    two = np.array([[0.5, 1], [1, 1]])
+    np.testing.assert_allclose(brier_score(two, np.array([0, 1])), [1 / 8, 1 / 2])
+    for wrong in ([3.0, -1.0], [0.5, np.nan]):
+        with pytest.raises(ValueError, match="sigmoid"):
+            brier_score(np.array(wrong), np.array([0, 1]))
+    assert brier_score(np.array([0.5, np.nan]), np.array([0, np.nan])) == 0.25
+    with pytest.raises(ValueError, match=r"probabilities \(3,\), truth \(2, 1\) must agree"):
+        brier_score(np.array([0.3, 0.1, 0.2]), np.array([[0], [1]]))
 
 
 def test_debiased_calibration_error_is_less_biased_and_lies_in_its_interval():

@@ -135,8 +135,8 @@ def nan_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def delong(
-    scores: Float[np.ndarray, "R N"],
-    truth: np.ndarray,
+    scores: Float[np.ndarray, "R N"] | Sequence,
+    truth: np.ndarray | Sequence,
     groups: Sequence | np.ndarray | None = None,
 ) -> DeLong:
     """AUROC and its covariance by DeLong, DeLong & Clarke-Pearson (Biometrics 1988), or of grouped
@@ -164,7 +164,7 @@ def delong(
         ValueError: scores, truth and groups of other lengths; a label that is not 0, 1 or NaN.
     """
     scores = np.asarray(scores)
-    truth, missing = known_labels(truth)
+    truth, missing = known_labels(np.asarray(truth))
     if truth.shape != scores.shape[1:]:
         raise ValueError(f"scores {scores.shape} and truth {truth.shape} must agree")
     if groups is not None and len(groups) != len(truth):
