@@ -170,7 +170,7 @@ def calibration_interval(
     Its low end is 0 where the error is `calibration_error_within_chance`: the bootstrap alone would
     exclude 0, the truth, for 13 to 33 % of calibrated samples of 60 to 1000 cases, and for nearly
     all of the means over labels; so it is 2 to 4 %. Where the true error is not 0 the interval
-    covers it in 0.93 to 0.95, of rare labels (0.03, 192 cases) in 0.86.
+    covers it in 0.9 to 0.95, of rare labels (0.03 of 192 cases) in 0.86.
 
     Args:
         groups: [N], as `bootstrap`; others as `expected_calibration_error`.
