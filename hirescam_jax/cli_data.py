@@ -302,7 +302,8 @@ def compare(
 ) -> None:
     """How alike the maps of two runs are: SSIM, rank correlation and OrganIoU on the same test
     volumes. Of trainings with two seeds: repeatability; of one on its labels and one with
-    --permute-labels: label randomisation.
+    --permute-labels: label randomisation. The thresholds of OrganIoU are those of each run's
+    evaluation.json (`hirescam evaluate`), or else found on its whole validation split.
 
     Args:
         run_a: folder of a run.

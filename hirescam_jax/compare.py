@@ -19,17 +19,18 @@ from hirescam_jax.checkpoint import Run
 from hirescam_jax.config import measured_alike
 from hirescam_jax.data.pipeline import Source, digest_of, make_batch
 from hirescam_jax.errors import UserError
-from hirescam_jax.evaluate import EVALUATED, aligned, interval_text
+from hirescam_jax.evaluate import (
+    EVALUATED,
+    aligned,
+    choose_thresholds,
+    content_of,
+    interval_text,
+    predict,
+)
 from hirescam_jax.evaluate_checks import chosen_volumes, groups_of, maps_program
 from hirescam_jax.files import atomic_file
 from hirescam_jax.losses import allowed_of
-from hirescam_jax.metrics import (
-    ORGAN_IOU_THRESHOLDS,
-    best_threshold,
-    organ_iou,
-    random_maps,
-    similarity,
-)
+from hirescam_jax.metrics import ORGAN_IOU_THRESHOLDS, organ_iou, random_maps, similarity
 from hirescam_jax.progress import progress
 from hirescam_jax.resampling import mean_intervals
 from hirescam_jax.train import open_data
@@ -50,16 +51,20 @@ def compare(runs: Sequence[Run], volumes: int) -> dict[str, Any]:
     """Compares the maps of two runs on `volumes` volumes of the test split, for every label that a
     volume truly has.
 
-    OrganIoU is at each run's own thresholds, those that are best for it on as many volumes of the
-    validation split.
+    OrganIoU is at each run's own thresholds, those that are best for it on the validation split:
+    from its evaluation.json where that is of the same weights and volumes, and measured anew
+    otherwise. It is over the pairs for which both runs have one.
 
     Returns:
-        {"runs": [{"path", "step", "seed", "permute_labels"}] * 2, "volumes", "patients", "pairs" of
-        volume and label, "methods": {"hirescam", "gradcam", "random": {"ssim", "spearman",
-        "spearman_absolute" between the runs' maps (between those of the first run by HiResCAM and a
-        random map), "organ_iou_a", "organ_iou_b", "organ_iou_gain" of a over b}, "labels": {label:
-        {method: {the same}}}}; each {"value", "low", "high"}, with 95 % bootstrap intervals by
-        patient, null where nothing is defined.
+        {"runs": [{"path", "step", "seed", "permute_labels", "thresholds": {method: {label: number
+        or null}}, "thresholds_from": "evaluation.json" or "validation split"}] * 2, "volumes",
+        "patients", "pairs" of volume and label, "methods": {"hirescam", "gradcam", "random":
+        {"ssim", "spearman", "spearman_absolute" between the runs' maps (between those of the first
+        run by HiResCAM and a random map), "organ_iou_a", "organ_iou_b", "organ_iou_gain" of a over
+        b}, "labels": {label: {"pairs", "patients", and method: {the same}}}}; each measure is
+        {"value", "low", "high", and "pairs", "patients", "labels" that it is over}, with 95 %
+        bootstrap intervals by patient, null where nothing is defined, or of fewer than five
+        patients.
 
     Raises:
         UserError: runs of other labels, grids or data, maps without slices, or more volumes than
@@ -68,18 +73,19 @@ def compare(runs: Sequence[Run], volumes: int) -> dict[str, Any]:
     splits = [[_open(run, split) for run in runs] for split in ("val", "test")]
     _check(runs, splits, volumes)
     (validation, _), (test, _) = splits
-    programs = [maps_program(run) for run in runs]
-    on_validation = _pairs(runs, programs, validation, min(volumes, len(validation)))
-    on_test = _pairs(runs, programs, test, volumes)
+    thresholds = [_thresholds(run, validation) for run in runs]
+    on_test = _pairs(runs, [maps_program(run) for run in runs], test, volumes)
     columns: dict[str, dict[str, np.ndarray]] = {}
     for name in (*EVALUATED, "random"):
         measured = {kind: on_test[name, kind] for kind in KINDS}
-        for letter in "ab" if name in EVALUATED else "":
-            key = name, f"organ_iou_{letter}"
-            labels, iou = (on_validation[k] for k in ("label", key))
-            measured[key[1]] = _at_best(labels, iou, on_test["label"], on_test[key])
         if name in EVALUATED:
-            measured["organ_iou_gain"] = measured["organ_iou_a"] - measured["organ_iou_b"]
+            for letter, (of_run, _) in zip("ab", thresholds, strict=True):
+                key = f"organ_iou_{letter}"
+                measured[key] = _at(of_run[name], runs[0].labels, on_test, (name, key))
+            gain = measured["organ_iou_a"] - measured["organ_iou_b"]
+            for letter in "ab":
+                measured[f"organ_iou_{letter}"][np.isnan(gain)] = np.nan
+            measured["organ_iou_gain"] = gain
         columns[name] = measured
     pairs, patients = on_test["label"], groups_of(test)[on_test["volume"]]
     chosen = chosen_volumes(test, volumes)
@@ -90,18 +96,25 @@ def compare(runs: Sequence[Run], volumes: int) -> dict[str, Any]:
                 "step": run.step,
                 "seed": run.config.seed,
                 "permute_labels": run.config.permute_labels,
+                "thresholds": of_run,
+                "thresholds_from": origin,
             }
-            for run in runs
+            for run, (of_run, origin) in zip(runs, thresholds, strict=True)
         ],
         "volumes": volumes,
         "patients": len(np.unique(groups_of(test)[chosen])),
         "pairs": len(pairs),
-        "methods": _intervals(columns, patients),
+        "methods": _intervals(columns, pairs, patients),
         "labels": {
-            label: _intervals(
-                {m: {n: v[pairs == k] for n, v in of.items()} for m, of in columns.items()},
-                patients[pairs == k],
-            )
+            label: {
+                "pairs": int((pairs == k).sum()),
+                "patients": len(np.unique(patients[pairs == k])),
+                **_intervals(
+                    {m: {n: v[pairs == k] for n, v in of.items()} for m, of in columns.items()},
+                    pairs[pairs == k],
+                    patients[pairs == k],
+                ),
+            }
             for k, label in enumerate(runs[0].labels)
             if (pairs == k).any()
         },
@@ -174,42 +187,103 @@ def _pairs(
     return {key: np.concatenate(values) for key, values in parts.items()}
 
 
-def _at_best(
-    labels: np.ndarray, on_validation: np.ndarray, test_labels: np.ndarray, on_test: np.ndarray
+def _thresholds(run: Run, validation: Source) -> tuple[dict[str, Any], str]:
+    """{method: {label: threshold, or None}} that is best on the validation split, and where it
+    comes from."""
+    evaluated = _evaluated(run.path / "evaluation.json")
+    if evaluated and evaluated["step"] == run.step:
+        same_labels = all(of.keys() == {*run.labels} for of in evaluated["thresholds"].values())
+        if same_labels and evaluated["content"] == content_of(validation):
+            return evaluated["thresholds"], "evaluation.json"
+    best = choose_thresholds(predict(run, validation, f"validation split of {run.path.name}"))
+    found = {}
+    for method in EVALUATED:
+        numbers = [ORGAN_IOU_THRESHOLDS[i].item() if i >= 0 else None for i in best[method]]
+        found[method] = dict(zip(run.labels, numbers, strict=True))
+    return found, "validation split"
+
+
+def _evaluated(path: Path) -> dict[str, Any] | None:
+    """The step, the content of the validation split and the thresholds of an evaluation; None where
+    there is none, or one that does not have them."""
+    try:
+        found = json.loads(path.read_text())
+        content = found.get("validation", found)["content"]
+        thresholds = {method: found["organ_iou"][method]["thresholds"] for method in EVALUATED}
+        return {"step": found["step"], "content": content, "thresholds": thresholds}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _at(
+    thresholds: dict[str, float | None], labels: Sequence[str], measured: dict[Any, Any], key: Any
 ) -> np.ndarray:
-    """OrganIoU [P] at the threshold of each pair's label; NaN where validation has none."""
-    result = np.full(len(test_labels), np.nan)
-    for label in np.unique(test_labels):
-        (chosen,) = best_threshold(on_validation[labels == label][:, None].astype(float))
-        if not np.isnan(chosen):
-            here = test_labels == label
-            result[here] = on_test[here, int(chosen)]
-    return result
+    """OrganIoU [P] at the threshold of each pair's label; NaN where it has none."""
+    chosen = [thresholds[labels[int(k)]] for k in measured["label"]]
+    numbers = np.array([np.nan if t is None else t for t in chosen], float)
+    nearest = np.abs(ORGAN_IOU_THRESHOLDS - np.nan_to_num(numbers)[:, None]).argmin(1)
+    values = measured[key][np.arange(len(nearest)), nearest].astype(float)
+    return np.where(np.isnan(numbers), np.nan, values)
 
 
-def _intervals(columns: dict[str, dict[str, np.ndarray]], patients: np.ndarray) -> dict[str, Any]:
+def _intervals(
+    columns: dict[str, dict[str, np.ndarray]], labels: np.ndarray, patients: np.ndarray
+) -> dict[str, Any]:
     flat = {(m, name): v for m, of_method in columns.items() for name, v in of_method.items()}
     found = mean_intervals(flat, patients)
+    for key, values in flat.items():
+        known = ~np.isnan(values.astype(float))
+        found[key] |= {
+            "pairs": int(known.sum()),
+            "patients": len(np.unique(patients[known])),
+            "labels": len(np.unique(labels[known])),
+        }
     return {m: {name: found[m, name] for name in of_method} for m, of_method in columns.items()}
 
 
 def table(result: dict[str, Any]) -> str:
-    """For the terminal: the runs, the means over all pairs, then a label a row for HiResCAM."""
+    """For the terminal: the runs, the means over all pairs, then a label a row for HiResCAM. A mean
+    over fewer findings than its row has tells over how many, and of how many labels."""
     lines = []
     for letter, run in zip("AB", result["runs"], strict=True):
         permuted = ", trained on permuted labels" if run["permute_labels"] else ""
-        lines.append(f"{letter}: {run['path']}, step {run['step']}, seed {run['seed']}{permuted}")
-    of = f"{result['volumes']} volumes of {result['patients']} patients"
-    lines.append(f"{result['pairs']} findings in {of}; 95 % bootstrap intervals by patient")
+        lines.append(
+            f"{letter}: {run['path']}, step {run['step']}, seed {run['seed']}{permuted}; "
+            f"thresholds of its {run['thresholds_from']}"
+        )
+    lines.append(
+        f"{result['pairs']} findings of {len(result['labels'])} labels in {result['volumes']} "
+        f"volumes of {result['patients']} patients; 95 % bootstrap intervals by patient: none for "
+        "fewer than five, too narrow for fewer than ten"
+    )
     head = list(TITLES.values())
+    all_labels = len(result["labels"])
 
-    def row(title: str, measures: dict[str, Any]) -> list[str]:
-        return [title, *(interval_text(measures[n]) if n in measures else "" for n in TITLES)]
+    def cell(measure: dict[str, Any], pairs: int, labels: int) -> str:
+        few = f" ({measure['pairs']}" * (0 < measure["pairs"] < pairs)
+        few += f" of {measure['labels']} labels" * bool(few and measure["labels"] < labels)
+        return interval_text(measure) + few + ")" * bool(few)
 
-    means = [row(NAMES[name], measures) for name, measures in result["methods"].items()]
-    labels = [row(label, of_label["hirescam"]) for label, of_label in result["labels"].items()]
-    tables = [[["A and B, mean", *head], *means], [["HiResCAM, by label", *head], *labels]]
-    return "\n".join([*lines, *(f"\n{aligned(rows)}" for rows in tables)])
+    def row(texts: list[str], measures: dict[str, Any], pairs: int, labels: int) -> list[str]:
+        found = (cell(measures[n], pairs, labels) if n in measures else "" for n in TITLES)
+        return [*texts, *found]
+
+    means = [
+        row([NAMES[name]], measures, result["pairs"], all_labels)
+        for name, measures in result["methods"].items()
+    ]
+    labels = [
+        row([label, str(of["pairs"]), str(of["patients"])], of["hirescam"], of["pairs"], 1)
+        for label, of in result["labels"].items()
+    ]
+    text = [
+        *lines,
+        f"\n{aligned([['A and B, mean', *head], *means])}",
+        f"\n{aligned([['HiResCAM, by label', 'findings', 'patients', *head], *labels])}",
+    ]
+    if any(" (" in cell for cells in (*means, *labels) for cell in cells[1:]):
+        text.append("(n): over n of the findings, those for which the measure is defined")
+    return "\n".join(text)
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

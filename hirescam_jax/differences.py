@@ -62,15 +62,18 @@ def difference_tables(
         return {}
     numbers = group_numbers(len(first.patients), first.patients)
     times = draws(numbers, resamples, seed)
-    before = _measures(first, times, numbers)
+    ranks = _ranks(first, times, numbers)
+    dropped: dict[str, str] = {}
     overall: list[Row] = []
     of_labels: dict[str, list[Row]] = {label: [] for label in first.labels}
     for name, one in progress(others.items(), "differences", "run"):
-        after = _measures(one, times, numbers)
+        old, new, dropped[name] = _same_pairs(first, one)
+        before = ranks | _maps(old, times, numbers)
+        after = _ranks(one, times, numbers) | _maps(new, times, numbers)
         usual = int(_both(before["AUROC"], after["AUROC"]).sum())
         texts = name, f"{usual} of {len(first.labels)}"
         overall.append((texts, _overall(before, after, usual)))
-        columns = {key: _by_label(before[key], after[key]) for key in before if key in after}
+        columns = {n: _cells(_less(after[n], before[n]), "+.3f") for n in before}
         for k, (label, rows) in enumerate(of_labels.items()):
             p = delong_test(one.logits[:, k], first.logits[:, k], first.truth[:, k], numbers).p
             test = {"AUROC p": _figure(p, ".2g")}
@@ -80,7 +83,12 @@ def difference_tables(
         f"resamples of {len(set(first.patients))} patients, the same for both"
     )
     notes = [f"Measured on other volumes, and so left out: {', '.join(left_out)}."] * bool(left_out)
+    notes.append(
+        "Intervals of labels with fewer than ten positive patients are too narrow; with fewer than "
+        "five there is none."
+    )
     notes.append("OrganIoU of each run is at its own thresholds, of its validation split.")
+    notes += [f"{name}: {text}." for name, text in dropped.items() if text]
     test_note = "p: DeLong's paired test of AUROC, by patient."
     return {
         "differences": _table(f"Means over labels {note}.", ("model", "labels"), overall, notes),
@@ -116,15 +124,37 @@ def _in_order(values: Values, labels: Sequence[str]) -> Values:
     )
 
 
-def _measures(values: Values, times: np.ndarray, numbers: np.ndarray) -> dict[str, Resampled]:
-    """AUROC and average precision, and OrganIoU of the model's maps."""
-    ranks = resampled_ranks(values.logits, values.truth, times, numbers)
-    found: dict[str, Resampled] = {"AUROC": ranks[0], "average precision": ranks[1]}
-    for name in MAPS:
-        if name in values.organ_iou:
-            iou = resampled_means(values.organ_iou[name], times, numbers)
-            found[f"OrganIoU {MAP_NAMES[name]}"] = iou
-    return found
+def _same_pairs(first: Values, other: Values) -> tuple[dict, dict, str]:
+    """OrganIoU of the model's maps of both, NaN where either is: an organ may have no cell on one
+    network's grid and some on another's. Also how many pairs that leaves out, in words."""
+    maps = [name for name in MAPS if name in first.organ_iou and name in other.organ_iou]
+    old, new = ({name: one.organ_iou[name] for name in maps} for one in (first, other))
+    texts = []
+    for name in maps:
+        undefined = np.isnan(old[name]), np.isnan(new[name])
+        either = undefined[0] | undefined[1]
+        left_out, kept = int((undefined[0] ^ undefined[1]).sum()), int((~either).sum())
+        if left_out:
+            texts.append(
+                f"OrganIoU {MAP_NAMES[name]} is over the {kept} pairs of a volume and a finding "
+                f"for which both runs have one; {left_out} more have it for one run alone"
+            )
+        old[name], new[name] = (np.where(either, np.nan, of[name]) for of in (old, new))
+    return old, new, "; ".join(texts)
+
+
+def _ranks(values: Values, times: np.ndarray, numbers: np.ndarray) -> dict[str, Resampled]:
+    auroc, precision = resampled_ranks(values.logits, values.truth, times, numbers)
+    return {"AUROC": auroc, "average precision": precision}
+
+
+def _maps(
+    organ_iou: Mapping[str, np.ndarray], times: np.ndarray, numbers: np.ndarray
+) -> dict[str, Resampled]:
+    return {
+        f"OrganIoU {MAP_NAMES[name]}": resampled_means(iou, times, numbers)
+        for name, iou in organ_iou.items()
+    }
 
 
 def _overall(
@@ -132,35 +162,31 @@ def _overall(
 ) -> dict[str, Interval]:
     cells: dict[str, Interval] = {}
     for name, old in before.items():
-        if name not in after:
-            continue
         both = _both(old, after[name])
         old, new = mean_of(old, both), mean_of(after[name], both)
         counts = {"labels": int(both.sum()), "usual": usual}
-        cells[name] = _cell(new.value - old.value, new.drawn - old.drawn, "+.3f") | counts
+        cells[name] = _cells(_less(new, old), "+.3f")[0] | counts
         if name.startswith("OrganIoU"):
             with np.errstate(divide="ignore", invalid="ignore"):
                 gains = new.value / old.value - 1, new.drawn / old.drawn - 1
             value, drawn = (np.where(np.isfinite(gain), gain, np.nan) for gain in gains)
-            cells[f"{name}, relative"] = _cell(value, drawn, "+.1%") | counts
+            relative = Resampled(value, drawn, _less(new, old).groups)
+            cells[f"{name}, relative"] = _cells(relative, "+.1%")[0] | counts
     return cells
 
 
 def _both(before: Resampled, after: Resampled) -> np.ndarray:
     """[K], the labels of the mean."""
-    undefined = np.isnan(before.value) | np.isnan(after.value)
-    return before.known & after.known & ~undefined
+    return before.in_mean & after.in_mean
 
 
-def _by_label(before: Resampled, after: Resampled) -> list[Interval]:
-    known = before.known & after.known
-    cells = intervals(Resampled(after.value - before.value, after.drawn - before.drawn, known))
-    return [{**cell, "form": "+.3f"} for cell in cells]
+def _less(after: Resampled, before: Resampled) -> Resampled:
+    groups = np.minimum(after.groups, before.groups)
+    return Resampled(after.value - before.value, after.drawn - before.drawn, groups)
 
 
-def _cell(value: np.ndarray, drawn: np.ndarray, form: str) -> Interval:
-    (cell,) = intervals(Resampled(value, drawn, ~np.isnan(value)))
-    return {**cell, "form": form}
+def _cells(measure: Resampled, form: str) -> list[Interval]:
+    return [{**cell, "form": form} for cell in intervals(measure)]
 
 
 def _figure(value: float, form: str) -> dict[str, Any]:

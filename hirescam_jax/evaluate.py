@@ -17,7 +17,7 @@ from hirescam_jax.cam import METHODS, OVER_GRID, model_verdict, normalize_map
 from hirescam_jax.checkpoint import Run
 from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config
-from hirescam_jax.data.pipeline import Source, digest_of, eval_batches, patients_of
+from hirescam_jax.data.pipeline import Source, digest_of, eval_batches, findings_of, patients_of
 from hirescam_jax.errors import UserError
 from hirescam_jax.kept import Kept
 from hirescam_jax.losses import allowed_of, labels_of
@@ -45,6 +45,7 @@ __all__ = [
     "Predictions",
     "aligned",
     "choose_thresholds",
+    "content_of",
     "evaluate",
     "evaluate_run",
     "explain_step",
@@ -368,10 +369,14 @@ def evaluate_run(
     return result
 
 
-def content_of(source: Source, found: Predictions) -> str:
+def content_of(source: Source, found: Predictions | None = None) -> str:
     """A digest of what a split's volumes are: their names and voxels, where the source has a digest
-    of them, and else their findings."""
-    own = digest_of(source).encode() or np.ascontiguousarray(found.findings).tobytes()
+    of them, and else their findings: of `found`, or read one by one."""
+    own = digest_of(source).encode()
+    if not own:
+        numbers = range(len(source))
+        findings = found.findings if found else [findings_of(source, i) for i in numbers]
+        own = np.ascontiguousarray(findings).tobytes()
     return hashlib.sha256(own).hexdigest()[:16]
 
 

@@ -7,9 +7,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 
-def classification_loss(logits: Float[Array, "B K"], labels: Array) -> Float[Array, ""]:
-    """Binary cross-entropy with logits, mean over labels and examples. labels [B, K] in {0, 1}."""
-    return optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype)).mean()
+def classification_loss(
+    logits: Float[Array, "B K"], labels: Array, known: Array | None = None
+) -> Float[Array, ""]:
+    """Binary cross-entropy with logits, mean over labels and examples. labels [B, K] in {0, 1}.
+    With `known` [B, K] bool the mean is over those alone; 0 without any."""
+    losses = optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype))
+    if known is None:
+        return losses.mean()
+    return jnp.where(known, losses, 0).sum() / jnp.maximum(known.sum(), 1)
 
 
 def mask_loss(

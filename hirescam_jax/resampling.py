@@ -1,18 +1,33 @@
 """The bootstrap by how often each case is drawn, so that one sorting of the scores serves all
-resamples: seconds for a thousand of them, thousands of volumes and all labels."""
+resamples: seconds for a thousand of them, thousands of volumes and all labels.
+
+What the nominal 95 % cover, in simulations with a known truth:
+
+- Few groups (patients). Means of 3, 5, 10 and 20 values: 0.74, 0.87, 0.91, 0.93; AUROC with 3, 5
+  and 10 positives: 0.80, 0.85, 0.94. There is none below `MIN_GROUPS`, and those of fewer than
+  ten are too narrow.
+- Average precision is larger on a sample than in truth, for a positive counts itself among those
+  found, and larger again on a resample. A label hardly shows it; the mean over many labels has less
+  noise, but the same bias: percentiles cover 0.6 of 12 labels with 29 positives in 192 volumes, and
+  none of 80 labels with 30 in 1000. So the resamples are moved to lie around what has less of it
+  (`precision_of_others`): 0.88 to 0.95 of labels (0.82 of ten positives that are nearly all found),
+  0.83 to 0.97 of means over labels, mostly 0.9 and more. Where such an interval would not hold the
+  value itself there is too much bias for any: of the 80 labels it would cover 0.77. It is left out.
+"""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 from scipy.sparse import csr_array
 
-from hirescam_jax.metrics import bootstrap, nan_mean
+from hirescam_jax.metrics.intervals import MIN_GROUPS
+from hirescam_jax.metrics.predictions import nan_mean
 
 Key = TypeVar("Key", bound=Hashable)
 
-MIN_GROUPS = 2  # of each class: fewer tell nothing about how a measure varies
+MIN_IN_MEAN = 2  # groups (of each class) that a label needs to be in a mean over labels
 
 
 class Ranked(NamedTuple):
@@ -92,12 +107,17 @@ def ranked(
 
 
 class Resampled(NamedTuple):
-    """Columns of a measure: on all cases, and in each resample, NaN where not defined; and whether
-    enough groups stand behind it for an interval."""
+    """Columns of a measure: on all cases, and in each resample, NaN where not defined; and how many
+    groups stand behind it, of AUROC the positive or the negative ones, whichever are fewer."""
 
     value: Float[np.ndarray, "C"]
     drawn: Float[np.ndarray, "C S"]
-    known: Bool[np.ndarray, "C"]
+    groups: Integer[np.ndarray, "C"]
+
+    @property
+    def in_mean(self) -> Bool[np.ndarray, "C"]:
+        """Which columns a mean over columns may take."""
+        return (self.groups >= MIN_IN_MEAN) & ~np.isnan(self.value)
 
 
 def resampled_ranks(
@@ -105,20 +125,55 @@ def resampled_ranks(
     truth: Bool[np.ndarray, "N K"],
     times: Float[np.ndarray, "N S"],
     numbers: np.ndarray,
+    missing: Bool[np.ndarray, "N K"] | None = None,
 ) -> tuple[Resampled, Resampled]:
-    """AUROC and average precision of each label."""
+    """AUROC and average precision of each label. The resamples of average precision are moved to
+    have the mean `precision_of_others`, for intervals; not turned around, as those of a basic
+    interval, which puts the long side of a skewed measure on the wrong end.
+
+    Args:
+        missing: labels that nobody knows, left out of that label's measures.
+    """
+    known = np.ones(truth.shape, bool) if missing is None else ~missing
     columns = [
-        [ranked(scores[:, k], truth[:, k], t) for k in range(scores.shape[1])]
+        [ranked(scores[m, k], truth[m, k], t[m]) for k, m in enumerate(known.T)]
         for t in (_once(times), times)
     ]
     (auroc, precision), (aurocs, precisions) = (
         (np.stack(parts) for parts in zip(*of_labels, strict=True)) for of_labels in columns
     )
-    positive, negative = (groups_in(mask, numbers) >= MIN_GROUPS for mask in (truth, ~truth))
+    positive, negative = (groups_in(mask & known, numbers) for mask in (truth, ~truth))
+    middle = [
+        precision_of_others(scores[m, k], truth[m, k], numbers[m]) for k, m in enumerate(known.T)
+    ]
+    precisions += (middle - nan_mean(precisions))[:, None]
     return (
-        Resampled(auroc[:, 0], aurocs, positive & negative),
+        Resampled(auroc[:, 0], aurocs, np.minimum(positive, negative)),
         Resampled(precision[:, 0], precisions, positive),
     )
+
+
+def precision_of_others(
+    scores: Float[np.ndarray, "N"], truth: Bool[np.ndarray, "N"], numbers: np.ndarray
+) -> float:
+    """Average precision with less bias: the mean over the positives of the precision at their score
+    that is found without the positives of their own group, the others counting so much more. 1
+    where nothing else is found; NaN without a positive."""
+    positives, group = scores[truth], numbers[truth]
+    if not len(positives):
+        return np.nan
+
+    def not_below(sorted_scores: np.ndarray) -> np.ndarray:
+        return len(sorted_scores) - np.searchsorted(sorted_scores, positives)
+
+    wrong, hits = not_below(np.sort(scores[~truth])), not_below(np.sort(positives))
+    # Those of the own group that are not below: keys sort by group, then by score.
+    step = len(positives) + 1
+    keys = group * step + np.unique(positives, return_inverse=True)[1]
+    ends = np.searchsorted(np.sort(keys), [(group + 1) * step, keys])
+    others = len(positives) - np.bincount(group)[group]
+    hits = (hits - (ends[0] - ends[1])) * len(positives) / np.maximum(others, 1)
+    return float(np.where(hits + wrong > 0, hits / np.maximum(hits + wrong, 1e-9), 1).mean())
 
 
 def resampled_means(
@@ -136,8 +191,7 @@ def resampled_means(
         t = t.astype(float)
         number, total = counts.T @ t, values.astype(float).T @ t
         found.append(np.where(number > 0, total / np.maximum(number, 1), np.nan))
-    known = groups_in(counts > 0, numbers) >= MIN_GROUPS
-    return Resampled(found[0][:, 0], found[1], known)
+    return Resampled(found[0][:, 0], found[1], groups_in(counts > 0, numbers))
 
 
 def _once(times: np.ndarray) -> np.ndarray:
@@ -147,35 +201,46 @@ def _once(times: np.ndarray) -> np.ndarray:
 
 def mean_of(measure: Resampled, chosen: Bool[np.ndarray, "C"]) -> Resampled:
     """The mean over the chosen columns, as one column; NaN without any. A column that is not
-    defined in a resample keeps its value there, so that the mean is always over the same ones."""
+    defined in a resample keeps its value there, so that the mean is always over the same ones.
+
+    Its groups are the lower median of theirs: it has an interval where more than half of them do.
+    """
     if not chosen.any():
         nothing = np.full((1, measure.drawn.shape[1]), np.nan)
-        return Resampled(nothing[:, 0], nothing, chosen[:1])
+        return Resampled(nothing[:, 0], nothing, np.zeros(1, int))
     value, drawn = measure.value[chosen], measure.drawn[chosen]
     kept = np.where(np.isnan(drawn), value[:, None], drawn)
-    return Resampled(value.mean(0, keepdims=True), kept.mean(0, keepdims=True), np.array([True]))
+    groups = np.sort(measure.groups[chosen])[(len(value) - 1) // 2]
+    return Resampled(value.mean(0, keepdims=True), kept.mean(0, keepdims=True), groups[None])
 
 
 def intervals(measure: Resampled) -> list[dict[str, float | None]]:
     """{"value", "low", "high"} of each column: 95 % percentile intervals of the resamples in which
-    it is defined. Null where it is not, where too few groups stand behind it, or where all
-    resamples agree (a perfect score, say): they tell nothing of the spread then."""
-    value, drawn, known = measure
+    it is defined. Null where it is not, where fewer than `MIN_GROUPS` groups stand behind it, where
+    all resamples agree (a perfect score, say), which tells nothing of the spread, or where the
+    interval would not hold the value (a measure of much bias)."""
+    value, drawn, groups = measure
     low, high = np.full((2, len(value)), np.nan)
-    known = known & ~np.isnan(value) & ~np.isnan(drawn).all(1)
+    known = (groups >= MIN_GROUPS) & ~np.isnan(value) & ~np.isnan(drawn).all(1)
     if known.any():
         ends = np.nanpercentile(drawn[known], [0, 2.5, 97.5, 100], axis=1)
         # Sums of the same numbers in another order differ by rounding.
         agree = ends[3] - ends[0] <= 1e-12
-        low[known], high[known] = (np.where(agree, np.nan, end) for end in ends[1:3])
+        left_out = agree | (value[known] < ends[1] - 1e-12) | (value[known] > ends[2] + 1e-12)
+        low[known], high[known] = (np.where(left_out, np.nan, end) for end in ends[1:3])
     return [as_interval(*column) for column in zip(value, low, high, strict=True)]
 
 
-def mean_intervals(values: Mapping[Key, np.ndarray], groups: np.ndarray) -> dict[Key, dict]:
-    """Means of columns [N] with intervals by `metrics.bootstrap`, groups of cases drawn."""
+def mean_intervals(
+    values: Mapping[Key, np.ndarray], groups: Sequence | np.ndarray, resamples: int = 1000
+) -> dict[Key, dict[str, float | None]]:
+    """Means of columns [N] that may have NaN, with `intervals`; groups of cases are drawn."""
     columns = np.stack([*values.values()], axis=-1).astype(float)
-    drawn = bootstrap(lambda cases: nan_mean(columns[cases], axis=1), len(columns), groups=groups)
-    return {key: as_interval(*ends) for key, *ends in zip(values, *drawn, strict=True)}
+    if not len(columns):
+        return {key: as_interval(*[np.nan] * 3) for key in values}
+    numbers = group_numbers(len(columns), groups)
+    found = intervals(resampled_means(columns, draws(numbers, resamples, 0), numbers))
+    return dict(zip(values, found, strict=True))
 
 
 def as_interval(value: float, low: float, high: float) -> dict[str, float | None]:

@@ -9,15 +9,15 @@ from scipy.special import expit
 
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
-    CalibrationError,
     best_threshold,
     bin_of,
     calibration_error_of_bins,
+    calibration_error_within_chance,
     delong,
     reliability,
 )
+from hirescam_jax.metrics.intervals import MIN_GROUPS
 from hirescam_jax.resampling import (
-    MIN_GROUPS,
     Resampled,
     draws,
     group_numbers,
@@ -118,9 +118,13 @@ def evaluate(
     without negatives AUROC, of one without a threshold OrganIoU.
 
     A mean is over the labels that are defined and have two positive patients (and, for AUROC, two
-    negative ones), with fewer of which there is no interval either. It is over the same labels in
-    all resamples: in one that happens to have no positive of a label, the label keeps its value on
-    all volumes.
+    negative ones). It is over the same labels in all resamples: in one that happens to have no
+    positive of a label, the label keeps its value on all volumes.
+
+    A label has an interval with five positive patients (and negative ones) and more, a mean where
+    more than half of its labels have one. Those of fewer than ten are too narrow, and those of
+    average precision are corrected for its bias, or left out where that is too large: how well they
+    cover stands in `hirescam_jax.resampling`.
 
     Args:
         validation: may be `test` itself: then the measures of maps are in-sample.
@@ -136,13 +140,13 @@ def evaluate(
         "volumes": of the test split. "patients": how many were resampled.
         "positives": {label: volumes}.
         "auroc": a measure, and "delong": {label: {"low", "high", "standard_error"}}: intervals by
-            DeLong's variance, by patient.
+            DeLong's variance, by patient; an interval with as many patients as above.
         "average_precision": a measure.
         "calibration": {"bins": M, "expected_calibration_error": measure, "brier": measure,
             "reliability": {label: {"count", "probability", "frequency"}}}: lists of M bins of equal
             width over [0, 1], null in empty bins. The error is debiased
             (`hirescam_jax.metrics.calibration_error_of_bins`), with the plain one under "plug_in":
-            {label: number or null}.
+            {label: number or null}, and its interval as `calibration_interval`'s.
         "organ_iou": {method: a measure, and "thresholds": {label: number or null}, "pairs" of
             volume and label that it is over, "undefined_pairs": with a finding, but without a
             measure, and "regions": {region: interval and "pairs"}}: by the region in which the
@@ -167,16 +171,18 @@ def evaluate(
     maps = at_thresholds(labels, validation, test)
     probabilities = expit(test.logits.astype(np.float64))
     present = test.labels.any(axis=0)
-    enough = groups_in(test.labels, numbers) >= MIN_GROUPS
+    positive = groups_in(test.labels, numbers)
+
+    def of_present(found: Resampled) -> Resampled:
+        value = np.where(present, found.value, np.nan)
+        return found._replace(value=value, groups=np.minimum(found.groups, positive))
 
     def measure(found: Resampled) -> dict[str, Any]:
         """Means and intervals of labels; of those alone that are present."""
-        value = np.where(present, found.value, np.nan)
-        found = found._replace(value=value, known=found.known & enough)
-        chosen = found.known & ~np.isnan(value)
+        found = of_present(found)
         return {
-            "mean": intervals(mean_of(found, chosen))[0],
-            "defined": int(chosen.sum()),
+            "mean": intervals(mean_of(found, found.in_mean))[0],
+            "defined": int(found.in_mean.sum()),
             "labels": dict(zip(labels, intervals(found), strict=True)),
         }
 
@@ -204,20 +210,21 @@ def evaluate(
             lesions.setdefault(key[0], {})[key[1]] = of_values(values)
     for name, of_lesions in lesions.items():
         of_lesions["iou"]["thresholds"] = maps.thresholds[name, "iou"]
-    error, plug_in = _calibration_error(probabilities, test.labels, times)
-    plug_in = map(null, np.where(present, plug_in, np.nan))
+    precision = measure(precisions)
+    error, sums = _calibration_error(probabilities, test.labels, times)
+    plug_in = np.where(present, calibration_error_of_bins(*sums).plug_in, np.nan)
     residuals = test.residuals
     return {
         "volumes": len(test.labels),
         "patients": int(numbers.max()) + 1,
         "positives": dict(zip(labels, test.labels.sum(0).tolist(), strict=True)),
         "auroc": {**measure(aurocs), "delong": _delong(labels, test, numbers)},
-        "average_precision": measure(precisions),
+        "average_precision": _cut(precision),
         "calibration": {
             "bins": BINS,
             "expected_calibration_error": {
-                **_cut(measure(error)),
-                "plug_in": dict(zip(labels, plug_in, strict=True)),
+                **_from_chance(_cut(measure(error)), of_present(error).in_mean, sums),
+                "plug_in": dict(zip(labels, map(null, plug_in), strict=True)),
             },
             "brier": of_values((probabilities - test.labels) ** 2),
             "reliability": _reliability(labels, probabilities, test.labels),
@@ -249,26 +256,43 @@ def _by_region(
 
 def _calibration_error(
     probabilities: np.ndarray, truth: np.ndarray, times: np.ndarray
-) -> tuple[Resampled, np.ndarray]:
-    """The debiased expected calibration error, and the plug-in one [K]. Sums over the drawn volumes
-    are products of matrices; the resamples are turned around, for a basic interval."""
+) -> tuple[Resampled, list[np.ndarray]]:
+    """The debiased expected calibration error, and the sums of the bins [K, M]. Sums over the drawn
+    volumes are products of matrices; the resamples are turned around, for a basic interval."""
     num_labels = truth.shape[1]
     in_bin_NKM = bin_of(probabilities, BINS)[..., None] == np.arange(BINS)
     weights = np.ones(truth.shape), probabilities, truth
     columns = [(in_bin_NKM * w[..., None]).reshape(len(truth), -1) for w in weights]
 
-    def error(t: np.ndarray) -> CalibrationError:
-        sums = [(c.T @ t).reshape(num_labels, BINS, -1).swapaxes(1, 2) for c in columns]
-        return calibration_error_of_bins(*sums)
+    def sums(t: np.ndarray) -> list[np.ndarray]:
+        return [(c.T @ t).reshape(num_labels, BINS, -1).swapaxes(1, 2) for c in columns]
 
-    found, drawn = error(np.ones((len(truth), 1))), error(times.astype(float))
+    of_all = sums(np.ones((len(truth), 1)))
+    found = calibration_error_of_bins(*of_all)
+    drawn = calibration_error_of_bins(*sums(times.astype(float)))
     around = found.debiased + found.plug_in - drawn.debiased
-    known = np.ones(num_labels, bool)
-    return Resampled(found.debiased[:, 0], around, known), found.plug_in[:, 0]
+    groups = np.full(num_labels, len(truth))
+    return Resampled(found.debiased[:, 0], around, groups), [part[:, 0] for part in of_all]
+
+
+def _from_chance(
+    measure: dict[str, Any], in_mean: np.ndarray, sums: Sequence[np.ndarray]
+) -> dict[str, Any]:
+    """With intervals from 0 where the error is `calibration_error_within_chance`."""
+
+    def from_chance(interval: dict[str, float | None], chosen: Any) -> dict[str, float | None]:
+        if interval["low"] and calibration_error_within_chance(*(part[chosen] for part in sums)):
+            return {**interval, "low": 0.0}
+        return interval
+
+    named = enumerate(measure["labels"].items())
+    of_labels = {label: from_chance(interval, [k]) for k, (label, interval) in named}
+    return {**measure, "mean": from_chance(measure["mean"], in_mean), "labels": of_labels}
 
 
 def _cut(measure: dict[str, Any]) -> dict[str, Any]:
-    """With all figures in [0, 1]: a debiased error can be a little below 0."""
+    """With all figures in [0, 1]: a debiased error can be a little below 0, and an interval that is
+    moved for its bias can end outside."""
 
     def cut(interval: dict[str, float | None]) -> dict[str, float | None]:
         return {n: None if v is None else min(max(v, 0.0), 1.0) for n, v in interval.items()}
@@ -302,6 +326,8 @@ def _delong(
         one = delong(test.logits[None, :, k], test.labels[:, k], groups)
         (low,), (high,) = one.interval()
         error = float(np.sqrt(one.covariance[0, 0]))
+        if min(one.positives, one.negatives) < MIN_GROUPS:
+            low = high = np.nan
         found[label] = {"low": null(low), "high": null(high), "standard_error": null(error)}
     return found
 

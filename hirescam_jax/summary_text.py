@@ -67,8 +67,9 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
         yield f"This is the validation split: {in_sample}"
     yield (
         f"In brackets: 95 % bootstrap intervals over {result['patients']} patients "
-        f"({result['volumes']} volumes); labels with fewer than two positive patients have none "
-        "and are in no mean"
+        f"({result['volumes']} volumes), too narrow for fewer than ten; none for labels with fewer "
+        "than five positive patients (with fewer than two they are in no mean either), for means "
+        "of mostly such labels, and where average precision has too much bias for one"
     )
 
 

@@ -23,16 +23,16 @@ import optax
 from jaxtyping import Array, Float
 
 from hirescam_jax.compiling import compiler_options
-from hirescam_jax.data.voc import CLASSES, VOC
+from hirescam_jax.data.voc import CLASSES, VOC, VOID
 from hirescam_jax.errors import UserError
 from hirescam_jax.files import atomic_file
 from hirescam_jax.losses import classification_loss
-from hirescam_jax.metrics import auroc, average_precision, bootstrap, nan_mean
 from hirescam_jax.models import MobileNetV2
 from hirescam_jax.progress import progress, say
 from hirescam_jax.verdict import head_verdict
 from hirescam_jax.voc_faithful import faithfulness
-from hirescam_jax.voc_maps import RESAMPLES, Pairs, compare_maps, measure_baselines
+from hirescam_jax.voc_maps import Pairs, compare_maps, measure_baselines
+from hirescam_jax.voc_predictions import prediction_scores
 from hirescam_jax.voc_report import table, write_page
 from hirescam_jax.weights import from_torch, read_weights
 
@@ -44,7 +44,7 @@ BACKBONE = "mobilenet"  # its name in the variables
 
 class Split(NamedTuple):
     """A split in memory: features float32 [N, h, w, C] (None where the backbone learns), labels
-    uint8 [N, 20], masks uint8 [N, S, S]."""
+    uint8 [N, 20] and masks uint8 [N, S, S] as `VOC` has them."""
 
     features: np.ndarray | None
     labels: np.ndarray
@@ -196,21 +196,11 @@ def _examined(
     logits = np.concatenate(
         [np.asarray(apply_head(jnp.asarray(part))) for part in chunks(features, 64)]
     )
-    truth = splits["val"].labels.T > 0
     maps, figures = compare_maps(model, variables, splits, pairs, baselines)
-
-    def scores(cases_SN: np.ndarray) -> np.ndarray:
-        one, true = logits.T[:, cases_SN].swapaxes(0, 1), truth[:, cases_SN].swapaxes(0, 1)
-        return np.stack([nan_mean(f(one, true)) for f in (average_precision, auroc)], axis=-1)
-
-    intervals = np.stack(bootstrap(scores, len(logits), RESAMPLES), axis=-1)
-    ends = [dict(zip(("value", "low", "high"), row, strict=True)) for row in intervals.tolist()]
     return {
         "verdict": dataclasses.asdict(verdict),
         "predictions": {
-            "average_precision": ends[0],
-            "auroc": ends[1],
-            "classes": int(truth.any(1).sum()),
+            **prediction_scores(logits, splits["val"].labels),
             "pairs": int((maps.logit >= 0).sum()),
         },
         **figures,
@@ -374,15 +364,15 @@ def train_step(
     labels: Array | np.ndarray,
     key: Array,
 ) -> tuple[State, Float[Array, ""]]:
-    """One update by binary cross-entropy over all classes; one program.
+    """One update by binary cross-entropy over all classes that count; one program.
 
     Args:
         inputs: features [B, h, w, C], or with `finetune` photos uint8 [B, S, S, 3], of which each
             is mirrored with probability 1/2.
-        labels: [B, 20] in {0, 1}.
+        labels: [B, 20] in {0, 1}, or 255 for a class that does not count.
     """
     flip_key, dropout_key = jax.random.split(key)
-    inputs = jnp.asarray(inputs)
+    inputs, labels = jnp.asarray(inputs), jnp.asarray(labels)
     if finetune:
         flip_B = jax.random.bernoulli(flip_key, 0.5, inputs.shape[:1])
         inputs = jnp.where(flip_B[:, None, None, None], inputs[:, :, ::-1], inputs)
@@ -397,7 +387,8 @@ def train_step(
             rngs={"dropout": dropout_key},
             mutable=["batch_stats"],
         )
-        return classification_loss(logits, jnp.asarray(labels)), changed.get("batch_stats", {})
+        loss = classification_loss(logits, labels == 1, labels != VOID)
+        return loss, changed.get("batch_stats", {})
 
     (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

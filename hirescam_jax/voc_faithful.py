@@ -12,7 +12,8 @@ from jaxtyping import Array
 from hirescam_jax.compiling import compiler_options
 from hirescam_jax.metrics import blur, deletion, insertion, road
 from hirescam_jax.progress import progress
-from hirescam_jax.voc_maps import BASELINES, METHODS, PairMaps, Pairs, baseline_maps, intervals
+from hirescam_jax.resampling import mean_intervals
+from hirescam_jax.voc_maps import BASELINES, METHODS, PairMaps, Pairs, baseline_maps
 
 STEPS = 16  # of the insertion and deletion curves
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the pixels that ROAD removes
@@ -74,6 +75,6 @@ def faithfulness(
     gain = {name: values[name][0] - values[name][1] for name in MEASURES}
     return {
         "pairs": len(chosen),
-        "maps": {method: intervals(of_map, some.photo) for method, of_map in by_map.items()},
-        "gain": intervals(gain, some.photo),
+        "maps": {method: mean_intervals(of_map, some.photo) for method, of_map in by_map.items()},
+        "gain": mean_intervals(gain, some.photo),
     }

@@ -15,11 +15,9 @@ from hirescam_jax.data.voc import CLASSES, VOID
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
     best_threshold,
-    bootstrap,
     centre_blob,
     energy_inside,
     map_average_precision,
-    nan_mean,
     otsu_threshold,
     overlap,
     pointing_game,
@@ -27,14 +25,13 @@ from hirescam_jax.metrics import (
     rank_accuracy,
 )
 from hirescam_jax.progress import progress
+from hirescam_jax.resampling import mean_intervals
 
 METHODS = ("hirescam", "gradcam")
 BASELINES = ("centre_blob", "random")
 BINARY = ("iou", "dice", "otsu_iou", "otsu_dice")  # of the map above a threshold
 MEASURES = (*BINARY, "pointing_game", "energy", "rank_accuracy", "average_precision")
-Interval = dict[str, float]  # "value", "low", "high"
 PHOTOS_AT_ONCE, PAIRS_AT_ONCE = 16, 32
-RESAMPLES = 1000
 
 
 class Pairs(NamedTuple):
@@ -50,7 +47,7 @@ class Pairs(NamedTuple):
             np.bincount(mask.ravel(), minlength=VOID + 1)[1 : 1 + len(CLASSES)] > 0
             for mask in masks
         ]
-        photo, label = np.nonzero((labels > 0) & np.array(inside))
+        photo, label = np.nonzero((labels == 1) & np.array(inside))
         return cls(photo, label)
 
 
@@ -200,18 +197,6 @@ def measure_baselines(
     }
 
 
-def intervals(values: dict[str, np.ndarray], photos: np.ndarray) -> dict[str, Interval]:
-    """Means over pairs with 95 % bootstrap intervals, photos drawn; NaN where not known."""
-    columns = np.stack([*values.values()], axis=-1).astype(float)
-    drawn = bootstrap(
-        lambda rows: nan_mean(columns[rows], axis=1), len(columns), RESAMPLES, 0, photos
-    )
-    return {
-        name: {"value": float(v), "low": float(low), "high": float(high)}
-        for name, v, low, high in zip(values, *drawn, strict=True)
-    }
-
-
 # -- against each other ---------------------------------------------------------------------------
 
 
@@ -279,9 +264,9 @@ def compare_maps(
     Returns:
         The maps, and a dict: `thresholds` and `residuals` by method; `maps`, the measures of each
         method and of `baselines`, and `gain`, those of HiResCAM less those of Grad-CAM, with 95 %
-        bootstrap intervals over photos; `predicted`, both again over the pairs that are predicted;
-        `difference` (means of `differences`), `by_class`, `pairs` (each of them), and for a
-        global-average head `agreement`.
+        bootstrap intervals over photos, null for fewer than five; `predicted`, both again over the
+        pairs that are predicted; `difference` (means of `differences`), `by_class`, `pairs` (each
+        of them), and for a global-average head `agreement`.
     """
     tune, val = pairs["tune"], pairs["val"]
     tune_maps = pair_maps(model, variables, splits["tune"].features, tune)
@@ -305,8 +290,8 @@ def compare_maps(
         chosen = {m: {n: v[rows] for n, v in of.items()} for m, of in everything.items()}
         hires, grad = chosen["hirescam"], chosen["gradcam"]
         return {
-            "maps": {method: intervals(of_map, photos) for method, of_map in chosen.items()},
-            "gain": intervals({name: hires[name] - grad[name] for name in MEASURES}, photos),
+            "maps": {method: mean_intervals(of_map, photos) for method, of_map in chosen.items()},
+            "gain": mean_intervals({n: hires[n] - grad[n] for n in MEASURES}, photos),
         }
 
     figures: dict[str, Any] = {

@@ -82,15 +82,15 @@ def _rows(heads: list[tuple[str, dict[str, Any]]], measures: Sequence[str]) -> l
     return rows
 
 
-def _interval(interval: dict[str, float], form: str) -> str:
-    """ "0.31 (0.28, 0.34)"; "0" for a difference that is not even rounding, and without a spread
+def _interval(interval: dict[str, Any], form: str) -> str:
+    """ "0.31 (0.28, 0.34)"; "0" for a difference that is not even rounding, and without an interval
     the value alone."""
     value, low, high = (interval[name] for name in ("value", "low", "high"))
-    if np.isnan(value):
+    if value is None:
         return "n/a"
-    if "+" in form and np.nanmax(np.abs([value, low, high])) < 5e-4:
+    if "+" in form and max(abs(end) for end in (value, low, high) if end is not None) < 5e-4:
         return "0"
-    if np.isnan(low):
+    if low is None:
         return form.format(value)
     return f"{form.format(value)} ({form.format(low)}, {form.format(high)})"
 
@@ -104,8 +104,9 @@ def lines_of(result: dict[str, Any]) -> list[str]:
         lines += [
             f"{TITLES[head]}: {verdict['text']}",
             f"  predictions: mean average precision "
-            f"{_interval(found['average_precision'], '{:.3f}')}, AUROC "
-            f"{_interval(found['auroc'], '{:.3f}')} over {found['classes']} classes; "
+            f"{_interval(found['average_precision'], '{:.3f}')} over "
+            f"{found['average_precision']['classes']} classes, AUROC "
+            f"{_interval(found['auroc'], '{:.3f}')} over {found['auroc']['classes']}; "
             f"{found['pairs']} of {result['data']['val']['pairs']} pairs predicted (probability "
             "1/2 or more)",
             f"  |sum of map + bias - score|, largest: HiResCAM "

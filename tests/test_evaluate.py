@@ -239,16 +239,25 @@ def test_calibration_errors_lie_in_their_intervals_which_reach_the_true_one():
 def test_mean_is_over_the_same_labels_in_all_resamples():
     """A label with two positives, of which many resamples have none, is in the mean of all."""
     rng = np.random.default_rng(3)
-    labels = np.zeros((60, 2), bool)
-    labels[:30, 0] = labels[:2, 1] = True
-    logits = np.stack([rng.normal(size=60) + 2.5 * labels[:, 0], np.arange(60.0)], axis=1)
+    labels = np.zeros((60, 3), bool)
+    labels[:30, :2] = labels[:2, 2] = True
+    logits = np.concatenate(
+        [rng.normal(size=(60, 2)) + 2.5 * labels[:, :2], np.arange(60.0)[:, None]], axis=1
+    )
     split = Predictions(logits, labels, {})
-    result = evaluate(("common", "rare"), split, split, resamples=500)["auroc"]
-    assert result["defined"] == 2
-    common, rare = (result["labels"][label]["value"] for label in ("common", "rare"))
-    assert rare < 0.05 < 0.9 < common
-    assert result["mean"]["value"] == pytest.approx((common + rare) / 2)
-    assert result["mean"]["high"] < 0.6
+    result = evaluate(("common", "too", "rare"), split, split, resamples=500)["auroc"]
+    assert result["defined"] == 3
+    common, too, rare = (result["labels"][label]["value"] for label in ("common", "too", "rare"))
+    assert rare < 0.05 < 0.9 < min(common, too)
+    assert result["mean"]["value"] == pytest.approx((common + too + rare) / 3)
+    assert result["mean"]["high"] < 0.7
+    # One of two labels is too rare for an interval: so is their mean.
+    split = Predictions(logits[:, 1:], labels[:, 1:], {})
+    result = evaluate(("common", "rare"), split, split, resamples=50)["auroc"]
+    assert result["mean"] == {
+        "value": pytest.approx((too + rare) / 2),
+        **{"low": None, "high": None},
+    }
 
 
 def test_label_with_one_positive_has_no_interval_and_is_in_no_mean():
@@ -587,11 +596,10 @@ def test_baselines_by_hand(run):
 
 def test_checks_of_a_run(run, tmp_path):
     """On random weights every map is a guess, but the exact one of an affine head is no bad one."""
-    result = evaluate_run(run, Cases(), Cases(), faithfulness=2, sanity=2)
+    result = evaluate_run(run, Cases(), Cases(), faithfulness=5, sanity=2)
     faithful, sane = result["faithfulness"], result["sanity"]
-    chosen = chosen_volumes(Cases(), 2)
-    items = [Cases()[i] for i in chosen]
-    assert (faithful["volumes"], faithful["patients"]) == (2, 2)
+    items = [Cases()[i] for i in range(5)]
+    assert (faithful["volumes"], faithful["patients"]) == (5, 5)
     assert faithful["pairs"] == sum(int(x["findings"].any(1).sum()) for x in items)
     assert list(faithful["methods"]) == list(MAP_NAMES)
     for measures in faithful["methods"].values():

@@ -269,5 +269,7 @@ def test_what_does_not_fit_is_refused():
         deletion(model, volumes, maps, steps=0)
     with pytest.raises(ValueError, match="fractions must lie between 0 and 1"):
         road(model, volumes, maps, key=jax.random.key(0), fractions=(0.5, 1.0))
+    with pytest.raises(ValueError, match="fractions is empty: give at least one"):
+        road(model, volumes, maps, key=jax.random.key(0), fractions=())
     with pytest.raises(ValueError, match="must agree"):
         linear_imputation(volumes, np.zeros((2, 6, 7), bool))

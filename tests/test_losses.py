@@ -24,6 +24,19 @@ def test_classification_loss_closed_forms():
     np.testing.assert_allclose(classification_loss(logits * 500, one), 0, atol=1e-12)
 
 
+def test_classification_loss_of_known_labels():
+    rng = np.random.default_rng(0)
+    logits, labels = jnp.asarray(rng.normal(size=(4, 3))), rng.random((4, 3)) < 0.5
+    known = rng.random((4, 3)) < 0.6
+    found = classification_loss(logits, jnp.asarray(labels), jnp.asarray(known))
+    sign = np.where(labels, 1, -1)
+    expected = np.log1p(np.exp(-sign * np.asarray(logits)))[known].mean()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    none = jnp.zeros((4, 3), bool)
+    gradient = jax.grad(classification_loss)(logits, jnp.asarray(labels), none)
+    np.testing.assert_array_equal(gradient, 0)
+
+
 def test_classification_loss_is_torchs():
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)

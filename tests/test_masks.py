@@ -277,3 +277,37 @@ def test_what_does_not_fit_is_refused():
         overlap(maps, masks, [0.5], void)
     with pytest.raises(ValueError, match=r"void covers all of map \[1, 2\]"):
         organ_iou(jnp.asarray(maps), masks, jnp.asarray([0.5]), void=void)
+
+
+@pytest.mark.parametrize("value", [np.nan, 255, 0.5, -1])
+def test_masks_of_other_values_are_refused_unless_void(value):
+    """Cells of 255, which is void in VOC, would count as inside."""
+    rng = np.random.default_rng(0)
+    maps, masks = rng.random((1, 1, 4, 4)), (rng.random((1, 1, 4, 4)) < 0.5).astype(float)
+    clean = masks.copy()
+    masks[0, 0, 2] = value
+    void = np.zeros(masks.shape, bool)
+    void[0, 0, 2] = True
+    line = "have a cell of .*: give bool, or 0 outside and 1 inside"
+    for measure in (pointing_game, energy_inside, rank_accuracy, map_average_precision):
+        for array in (np.asarray, jnp.asarray):
+            with pytest.raises(ValueError, match=f"masks {line}"):
+                measure(array(maps), array(masks))
+        np.testing.assert_array_equal(measure(maps, masks, void), measure(maps, clean, void))
+    with pytest.raises(ValueError, match=f"allowed {line}"):
+        organ_iou(maps, masks, 0.5)
+    with pytest.raises(ValueError, match=f"masks {line}"):
+        overlap(maps, masks, 0.5)
+
+
+def test_one_threshold_is_a_list_of_one():
+    maps = np.random.default_rng(0).random((2, 3, 5, 5))
+    masks = maps > 0.7
+    np.testing.assert_array_equal(organ_iou(maps, masks, 0.5), organ_iou(maps, masks, [0.5]))
+    found = overlap(maps, masks, 0.5)
+    assert found.iou.shape == (2, 3, 1)
+    np.testing.assert_array_equal(found.dice, overlap(maps, masks, [0.5]).dice)
+    with pytest.raises(ValueError, match=r"thresholds \(2, 3\): give \[T\], or a number"):
+        organ_iou(maps, masks, np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"thresholds \(2, 4, 1\): give .* maps, \(2, 3\)"):
+        overlap(maps, masks, np.zeros((2, 4, 1)))

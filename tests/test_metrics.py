@@ -14,6 +14,7 @@ from hirescam_jax.metrics import (
     bootstrap,
     brier_score,
     calibration_error_of_bins,
+    calibration_error_within_chance,
     calibration_interval,
     delong,
     delong_test,
@@ -449,6 +450,8 @@ def test_delong_where_it_is_not_defined():
     assert delong_test(order, 5 * order, truth) == (0, 0, 1)
     with pytest.raises(ValueError, match="must agree"):
         delong(scores, np.zeros(4, bool))
+    of_lists = delong([[0.1, 0.4, 0.3, 0.8]], [0, 1, 0, 1])
+    assert of_lists.value.tolist() == [1]
 
 
 # -- missing labels -------------------------------------------------------------------------------
@@ -536,6 +539,17 @@ def test_calibration_in_closed_form():
         reliability(np.array([0.5]), np.array([True, False]))
 
 
+def test_brier_score_refuses_what_is_no_probability():
+    two = np.array([[0.5, 1], [1, 1]])
+    np.testing.assert_allclose(brier_score(two, np.array([0, 1])), [1 / 8, 1 / 2])
+    for wrong in ([3.0, -1.0], [0.5, np.nan]):
+        with pytest.raises(ValueError, match="sigmoid"):
+            brier_score(np.array(wrong), np.array([0, 1]))
+    assert brier_score(np.array([0.5, np.nan]), np.array([0, np.nan])) == 0.25
+    with pytest.raises(ValueError, match=r"probabilities \(3,\), truth \(2, 1\) must agree"):
+        brier_score(np.array([0.3, 0.1, 0.2]), np.array([[0], [1]]))
+
+
 def test_debiased_calibration_error_is_less_biased_and_lies_in_its_interval():
     """Models whose true error is 0, and 0.03 in every bin. The percentiles of the plug-in error
     hold neither in any of these data sets."""
@@ -553,7 +567,32 @@ def test_debiased_calibration_error_is_less_biased_and_lies_in_its_interval():
             covered += low <= shift <= high
         assert abs(np.mean(debiased) - shift) < 0.65 * abs(np.mean(plug_in) - shift)
         assert inside == 40
-        assert covered >= 26
+        assert covered >= 36
+
+
+def test_chance_level_is_what_calibrated_samples_stay_below():
+    """The upper 97.5 % of plug-in errors of calibrated probabilities; also of the mean of labels,
+    which is far above 0 with little noise. A model that is wrong by 0.1 is above."""
+    within = {1: [], 8: []}
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        sums = [bin_sums(rng, 120, 0.0) for _ in range(8)]
+        for labels, found in within.items():
+            some = (np.stack(part) for part in zip(*sums[:labels], strict=True))
+            found.append(calibration_error_within_chance(*some))
+    for found in within.values():
+        assert 0.94 <= np.mean(found) <= 0.995
+    wrong = [bin_sums(np.random.default_rng(seed), 1000, 0.1) for seed in range(20)]
+    assert not any(calibration_error_within_chance(*(p[None] for p in sums)) for sums in wrong)
+
+
+def bin_sums(rng: np.random.Generator, cases: int, shift: float) -> list[np.ndarray]:
+    """Count, sums of probabilities and of labels of ten bins."""
+    probabilities = rng.beta(2, 4, cases)
+    truth = rng.random(cases) < probabilities + shift
+    number = np.minimum((probabilities * 10).astype(int), 9)
+    weights = np.ones(cases), probabilities, truth
+    return [np.bincount(number, weight, 10).astype(float) for weight in weights]
 
 
 def test_debiased_calibration_error_by_drawn_noise():

@@ -383,3 +383,30 @@ def test_files_are_replaced_whole(tmp_path: Path):
     write_tables(tables({"mask_loss": TWO["mask_loss"]}), tmp_path)
     assert not (tmp_path / "masks.tex").exists()
     assert "baseline" not in (tmp_path / "models.csv").read_text()
+
+
+def test_differences_of_maps_are_over_the_same_pairs():
+    """Two runs of equal maps, but on the grid of the second some organs have no cell: those of the
+    volumes that are hard for both."""
+    first, second = values(1), values(2)
+    iou = first.organ_iou["hirescam"].copy()
+    hard = first.truth & (np.arange(60) < 20)[:, None]
+    iou[hard] = 0.1
+    fewer = np.where(hard, np.nan, iou)
+    runs = {
+        "base": first._replace(organ_iou={"hirescam": iou, "gradcam": iou}),
+        "coarse": second._replace(organ_iou={"hirescam": fewer, "gradcam": iou}),
+    }
+    for against in runs:
+        built = difference_tables(runs, against, resamples=30)
+        (row,) = csv.DictReader(io.StringIO(built["differences"].csv()))
+        for name in ("OrganIoU HiResCAM", "OrganIoU HiResCAM, relative", "OrganIoU Grad-CAM"):
+            assert float(row[name]) == 0
+        for found in csv.DictReader(io.StringIO(built["differences_labels"].csv())):
+            assert float(found["OrganIoU HiResCAM"]) == 0
+        other = next(name for name in runs if name != against)
+        kept, out = (~np.isnan(fewer)).sum(), hard.sum()
+        note = f"{other}: OrganIoU HiResCAM is over the {kept} pairs of a volume and a finding for "
+        assert f"{note}which both runs have one; {out} more have it for" in (
+            built["differences"].markdown()
+        )

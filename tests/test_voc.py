@@ -15,8 +15,10 @@ from scipy import ndimage
 from hirescam_jax import cli, voc
 from hirescam_jax.data.voc import CLASSES, PADDING, VOC, VOID
 from hirescam_jax.errors import UserError
+from hirescam_jax.metrics import auroc, average_precision
 from hirescam_jax.models import MobileNetV2
 from hirescam_jax.voc_maps import PairMaps, Pairs, agreement, differences, measured, pair_maps
+from hirescam_jax.voc_predictions import prediction_scores
 from hirescam_jax.weights import from_torch, read_weights, to_torch, write_weights
 
 CAT, DOG, PERSON = (CLASSES.index(name) for name in ("cat", "dog", "person"))
@@ -144,11 +146,9 @@ def test_labels_of_annotations_and_of_masks(tmp_path):
     )
     (root / "ImageSets" / "Main" / "cat_train.txt").write_text("a -1\nb -1\nc  1\n")
     source = VOC(root, "Main/cat_train", SIZE)
-    assert [np.flatnonzero(source[i]["labels"]).tolist() for i in range(3)] == [
-        [PERSON],
-        [DOG],
-        [CAT],
-    ]
+    labels = [source[i]["labels"] for i in range(3)]
+    assert [np.flatnonzero(one == 1).tolist() for one in labels] == [[PERSON], [DOG], [CAT]]
+    assert [np.flatnonzero(one == VOID).tolist() for one in labels] == [[DOG], [], []]
     assert (source[2]["mask"] == VOID).all()
     assert Pairs.of(
         np.stack([source[i]["labels"] for i in range(3)]),
@@ -257,6 +257,24 @@ def test_command_line_ends_with_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_scores_leave_out_what_is_difficult_and_undefined():
+    rng = np.random.default_rng(0)
+    labels = (rng.random((60, 4)) < 0.4).astype(np.uint8)
+    labels[:, 2], labels[:, 3] = 1, 0  # in all photos, in none
+    logits = rng.normal(size=(60, 4)) + labels
+    labels[:20, 0] = VOID
+    found = prediction_scores(logits, labels)
+    counted = labels[20:, 0]
+    first = [f(logits[20:, 0], counted) for f in (auroc, average_precision)]
+    second = [f(logits[:, 1], labels[:, 1]) for f in (auroc, average_precision)]
+    assert found["auroc"]["classes"] == 2
+    assert found["auroc"]["value"] == pytest.approx((first[0] + second[0]) / 2)
+    assert found["average_precision"]["classes"] == 3
+    assert found["average_precision"]["value"] == pytest.approx((first[1] + second[1] + 1) / 3)
+    for measure in found.values():
+        assert 0 < measure["low"] < measure["value"] < measure["high"] < 1
+
+
 # -- the maps -------------------------------------------------------------------------------------
 
 
@@ -278,7 +296,8 @@ def test_heads_learn_and_say_what_they_guarantee(run):
         assert auroc["value"] > 0.9
         if auroc["value"] < 1:  # a perfect score has no spread
             assert 0 <= auroc["low"] <= auroc["value"] <= auroc["high"] <= 1
-        assert head["predictions"]["classes"] == 2
+        for name in ("auroc", "average_precision"):
+            assert head["predictions"][name]["classes"] == 2
         assert head["residuals"]["hirescam"] < 1e-4
     assert heads["flatten"]["residuals"]["gradcam"] > 0.1
 

@@ -34,14 +34,15 @@ VAL_SHARE = 0.25  # of the photos, where there are no ImageSets
 
 class VOC:
     """One image set, random access: item -> image uint8 [S, S, 3], labels uint8 [20] in the order
-    of `CLASSES`, mask uint8 [S, S] (0 background, 1 to 20, 255 void), and its own index.
+    of `CLASSES` (0, 1, or 255 where it does not count), mask uint8 [S, S] (0 background, 1 to 20,
+    255 void), and its own index.
 
     A photo's longer side is scaled to S; the rest of the square is padding, evenly on both sides:
     ImageNet's mean colour in the image, void in the mask.
 
-    Labels are the objects of the photo's annotation. One marked `difficult` does not make its class
-    present: a class with no other object counts as absent (the challenge leaves such photos out of
-    that class's score). A photo without annotation has the classes of its mask.
+    Labels are the objects of the photo's annotation. A class of which all objects are marked
+    `difficult` is 255: neither present nor absent, as the challenge leaves such photos out of that
+    class's score. A photo without annotation has the classes of its mask.
 
     Args:
         path: VOC2012, or the folder around it.
@@ -184,8 +185,8 @@ class VOC:
         labels = np.zeros(len(CLASSES), np.uint8)
         file = self.path / "Annotations" / f"{name}.xml"
         if file.is_file():
-            for found in _objects(file):
-                labels[CLASSES.index(found)] = 1
+            for found, difficult in _objects(file).items():
+                labels[CLASSES.index(found)] = VOID if difficult else 1
         elif mask is not None:
             present = np.unique(mask)
             labels[present[(present > 0) & (present != VOID)].astype(int) - 1] = 1
@@ -213,18 +214,18 @@ def _opened(file: Path) -> Image.Image:
     return image
 
 
-def _objects(file: Path) -> list[str]:
-    """The classes of an annotation's objects that are not difficult."""
+def _objects(file: Path) -> dict[str, bool]:
+    """The classes of an annotation's objects, and whether all of them are difficult."""
     try:
         root = ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: no XML ({error}): copy it anew") from error
-    found = []
+    found: dict[str, bool] = {}
     for number, entry in enumerate(root.findall("object"), start=1):
         name = (entry.findtext("name") or "").strip()
         if name not in CLASSES:
             hint = nearest(name, CLASSES)
             raise UserError(f"{file}: object {number}: name '{name}' is no class of VOC{hint}")
-        if (entry.findtext("difficult") or "0").strip() != "1":
-            found.append(name)
+        difficult = (entry.findtext("difficult") or "0").strip() == "1"
+        found[name] = found.get(name, True) and difficult
     return found

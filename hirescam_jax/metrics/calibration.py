@@ -29,12 +29,21 @@ class CalibrationError(NamedTuple):
 
 
 def brier_score(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Mean squared difference of probability and truth along the last axis (Brier 1950)."""
+    """Mean squared difference of probability and truth along the last axis (Brier 1950).
+
+    probabilities [..., N] in [0, 1], truth [N] or [..., N] in {0, 1, NaN}; returns [...], NaN
+    without a case.
+
+    Raises:
+        ValueError: shapes that do not fit, or a probability outside [0, 1].
+    """
+    probabilities = np.asarray(probabilities, float)
     truth, missing = known_labels(truth)
-    squares = (probabilities - truth.astype(float)) ** 2
-    if missing is None:
-        return np.asarray(np.mean(squares, axis=-1))
-    known = ~np.broadcast_to(missing, squares.shape)
+    if truth.shape not in (probabilities.shape, probabilities.shape[-1:]):
+        raise ValueError(f"probabilities {probabilities.shape}, truth {truth.shape} must agree")
+    known = np.broadcast_to(True if missing is None else ~missing, probabilities.shape)
+    _check_range(probabilities[known])
+    squares = (probabilities - truth) ** 2
     total, count = np.where(known, squares, 0).sum(-1), known.sum(-1)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
@@ -57,10 +66,14 @@ def reliability(
     return Reliability(np.linspace(0, 1, bins + 1), count, *means)
 
 
-def bin_of(probabilities: np.ndarray, bins: int) -> np.ndarray:
-    """Bin number of each probability, as `reliability` counts."""
+def _check_range(probabilities: np.ndarray) -> None:
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
         raise ValueError("probabilities must lie in [0, 1]: give sigmoid(logits)")
+
+
+def bin_of(probabilities: np.ndarray, bins: int) -> np.ndarray:
+    """Bin number of each probability, as `reliability` counts."""
+    _check_range(probabilities)
     return np.minimum((probabilities * bins).astype(int), bins - 1)
 
 
@@ -120,6 +133,29 @@ def calibration_error_of_bins(
     return CalibrationError(*(np.where(total > 0, mean, np.nan) for mean in means))
 
 
+def calibration_error_within_chance(
+    count: Float[np.ndarray, "K M"],
+    probability: Float[np.ndarray, "K M"],
+    positives: Float[np.ndarray, "K M"],
+) -> bool:
+    """Whether the mean plug-in error of K labels is one that calibrated probabilities may have.
+
+    If the probabilities p of a bin are right, its mean gap is about normal around 0 with variance
+    p (1 - p) / count, and |gap| has the moments of a half normal. The bins of all labels are taken
+    as independent, and their mean as normal; "may" is up to its upper 97.5 %. (Simulated: 95.4 to
+    97.3 % of calibrated samples lie below, with 60 to 1000 cases.)
+
+    Arguments as `calibration_error_of_bins`.
+    """
+    plug_in = calibration_error_of_bins(count, probability, positives).plug_in.mean()
+    mean = probability / np.maximum(count, 1)
+    total = np.maximum(count.sum(-1, keepdims=True), 1)
+    variance = mean * (1 - mean) * count / total**2 / len(count) ** 2
+    by_chance = np.sqrt(2 / np.pi * variance).sum()
+    spread = np.sqrt((1 - 2 / np.pi) * variance.sum())
+    return bool(plug_in <= by_chance + norm.ppf(0.975) * spread)
+
+
 def calibration_interval(
     probabilities: Float[np.ndarray, "N"],
     truth: np.ndarray,
@@ -130,6 +166,11 @@ def calibration_interval(
     groups: Sequence | np.ndarray | None = None,
 ) -> tuple[float, float, float]:
     """The debiased expected calibration error of one label, and its 95 % bootstrap interval.
+
+    Its low end is 0 where the error is `calibration_error_within_chance`: the bootstrap alone would
+    exclude 0, the truth, for 13 to 33 % of calibrated samples of 60 to 1000 cases, and for nearly
+    all of the means over labels; so it is 2 to 4 %. Where the true error is not 0 the interval
+    covers it in 0.9 to 0.95, of rare labels (0.03 of 192 cases) in 0.86.
 
     Args:
         groups: [N], as `bootstrap`; others as `expected_calibration_error`.
@@ -147,9 +188,12 @@ def calibration_interval(
         sums = (np.stack(parts) for parts in zip(*rows, strict=True))
         return calibration_error_of_bins(*sums).debiased
 
-    target = calibration_error_of_bins(*_sums(probabilities, truth, bins)).plug_in
+    sums = _sums(probabilities, truth, bins)
+    target = calibration_error_of_bins(*sums).plug_in
     found = bootstrap(statistic, len(truth), resamples, seed, groups, target)
     value, low, high = (float(np.clip(x, 0, 1)) for x in found)
+    if calibration_error_within_chance(*(part[None] for part in sums)):
+        low = min(low, 0.0)  # NaN stays
     return value, low, high
 
 
@@ -164,6 +208,7 @@ def _sums(
 
 def _of_known(probabilities: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The cases whose label is not missing."""
+    probabilities = np.asarray(probabilities)
     truth, missing = known_labels(truth)
     if truth.shape != probabilities.shape:
         raise ValueError(f"probabilities {probabilities.shape}, truth {truth.shape} must agree")

@@ -121,8 +121,10 @@ def road(
         key: of the noise, which is the same for all maps, and of the order of equal cells.
         noise: standard deviation of what is added to imputed cells, in the volumes' unit.
         tolerance, max_iterations: as `linear_imputation`.
-        Others, and errors, as `deletion`; also for a fraction outside (0, 1).
+        Others, and errors, as `deletion`; also without a fraction, or for one outside (0, 1).
     """
+    if not len(fractions):
+        raise ValueError("fractions is empty: give at least one, between 0 and 1")
     if not all(0 < f < 1 for f in fractions):
         raise ValueError(f"fractions must lie between 0 and 1, got {tuple(fractions)}")
     volumes, maps = floating(volumes), floating(maps)

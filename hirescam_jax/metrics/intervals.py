@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+MIN_GROUPS = 5  # fewer tell too little of how a measure varies
+
 # Indices that the bootstrap hands to its statistic at once: bounds the memory.
 _DRAWN_AT_ONCE = 2**19
 
@@ -17,6 +19,10 @@ def bootstrap(
     target: np.ndarray | float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """95 % bootstrap intervals over the cases of a split, or over groups of them.
+
+    They are too narrow for few cases or groups: of means they cover 0.84 to 0.87 with 5 and 0.91 to
+    0.94 with 10, and would cover half with 2. What counts is how many carry the information, the
+    positives for a measure of positives; of these the bootstrap knows nothing.
 
     They are percentile intervals. A statistic that is biased is larger (or smaller) on resamples
     than on the cases, so that its percentiles may not even hold its value. For such a one give its
@@ -33,9 +39,9 @@ def bootstrap(
 
     Returns:
         value, low, high: each [...]; the statistic on all cases, and its interval from the
-        resamples in which it is defined. The interval is NaN where there are fewer than two groups
-        to draw from, or where all resamples agree (one positive case, a perfect score): they tell
-        nothing of the spread then.
+        resamples in which it is defined. The interval is NaN where there are fewer than five
+        groups to draw from (`MIN_GROUPS`), or where all resamples agree (one positive case, a
+        perfect score): they tell nothing of the spread then.
 
     Raises:
         ValueError: groups of another length.
@@ -46,7 +52,7 @@ def bootstrap(
     value = np.asarray(statistic(np.arange(num_cases)[None])[0])
     number = np.arange(num_cases) if groups is None else np.unique(groups, return_inverse=True)[1]
     count = int(number.max()) + 1 if num_cases else 0
-    if count < 2:
+    if count < MIN_GROUPS:
         unknown = np.full(value.shape, np.nan)
         return value, unknown, unknown
     if count == num_cases:

@@ -3,7 +3,8 @@
 Maps are [B, K, *grid] with any number of spatial axes. `void` (bool, the shape of the masks) marks
 cells that count neither as hit nor as miss, as PASCAL VOC's 255 does. A map whose mask has no cell
 left is NaN: there is nothing to find, which is not a miss. So is a map with a NaN in a cell that
-counts. Maps of integers or bool are taken as floats. Everything works under `jit`.
+counts. Maps of integers or bool are taken as floats. Everything works under `jit`, where masks
+cannot be looked at, so that what is neither 0 nor 1 in them is only refused outside.
 """
 
 from functools import partial
@@ -47,17 +48,20 @@ def organ_iou(
     Args:
         maps: [B, K, *grid], normalised (`normalize_map`), in [0, 1].
         allowed: [B, K, *grid], bool or {0, 1}.
-        thresholds: [T]; NaN at one that is NaN.
+        thresholds: [T], or a number (T = 1); NaN at one that is NaN.
         void: cells that are left out of A and of B.
         authors_zero_without_outside: 0 where B = 0, as in the authors' public code, by which a
             map wholly inside its organ scores worst; 0 too for a region without a cell, and for the
             whole grid. Only to compare with figures made so.
 
     Raises:
-        ValueError: shapes that differ, or a void that leaves nothing.
+        ValueError: shapes that differ, thresholds of another one, a cell of `allowed` that is not 0
+            or 1, or a void that leaves nothing.
     """
     maps, inside, counted = _cells(floating(maps), allowed, void, "allowed")
-    thresholds = floating(thresholds).astype(maps.dtype)
+    thresholds = jnp.atleast_1d(floating(thresholds).astype(maps.dtype))
+    if thresholds.ndim > 1:
+        raise ValueError(f"thresholds {thresholds.shape}: give [T], or a number")
     return _organ_iou(maps, inside, counted, thresholds, authors_zero_without_outside)
 
 
@@ -91,15 +95,21 @@ def overlap(
     Args:
         maps: [B, K, *grid], raw or normalised.
         masks: [B, K, *grid], bool or {0, 1}: where the object is.
-        thresholds: [T] for all, or [B, K, T], such as `otsu_threshold(maps)[..., None]`; NaN at
-            one that is NaN. One that is to be reported is chosen on other data: `best_threshold` of
-            a validation split.
+        thresholds: [T] or a number (T = 1) for all, or [B, K, T], such as
+            `otsu_threshold(maps)[..., None]`; NaN at one that is NaN. One that is to be reported is
+            chosen on other data: `best_threshold` of a validation split.
 
     Raises:
-        ValueError: shapes that differ, or a void that leaves nothing.
+        ValueError: shapes that differ, thresholds of another one, a cell of a mask that is not 0 or
+            1, or a void that leaves nothing.
     """
     maps, inside, counted = _cells(floating(maps), masks, void)
-    thresholds = floating(thresholds).astype(maps.dtype)
+    thresholds = jnp.atleast_1d(floating(thresholds).astype(maps.dtype))
+    if thresholds.ndim > 1 and thresholds.shape[:-1] != maps.shape[:2]:
+        raise ValueError(
+            f"thresholds {thresholds.shape}: give [T], a number, or [B, K, T] with [B, K] of the "
+            f"maps, {maps.shape[:2]}"
+        )
     each = jnp.broadcast_to(thresholds, (*maps.shape[:2], thresholds.shape[-1]))
     return _overlap(maps, inside, counted, each)
 
@@ -191,7 +201,8 @@ def pointing_game(
         [B, K], NaN where the mask is empty or the map is NaN.
 
     Raises:
-        ValueError: shapes that differ, or a void that leaves nothing.
+        ValueError: shapes that differ, a cell of a mask that is not 0 or 1, or a void that leaves
+            nothing.
     """
     xp = namespace(maps, masks, void)
     maps, inside, counted = _cells(floating(maps, xp), masks, void)
@@ -307,6 +318,16 @@ def _check(maps: Any, masks: Any, void: Any, name: str) -> None:
         raise ValueError(f"maps {maps.shape} and {name} {masks.shape} must agree")
     if maps.ndim < 3:
         raise ValueError(f"maps must be [B, K, *grid] with a spatial axis, got {maps.shape}")
+    if masks.dtype != bool and not isinstance(masks, Tracer):
+        cells = np.asarray(masks)
+        wrong = (cells != 0) & (cells != 1)  # NaN too
+        if void is not None and not isinstance(void, Tracer) and void.shape == cells.shape:
+            wrong &= np.asarray(void) == 0
+        if wrong.any():
+            raise ValueError(
+                f"{name} have a cell of {cells[wrong][0]}: give bool, or 0 outside and 1 inside, "
+                "and mark cells that do not count (255 of VOC) with `void`"
+            )
     if void is None:
         return
     if void.shape != maps.shape:

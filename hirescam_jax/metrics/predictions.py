@@ -24,7 +24,9 @@ class DeLong(NamedTuple):
     negatives: int
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Normal intervals [R], cut to [0, 1]; NaN where the variance is.
+        """Normal intervals [R], cut to [0, 1]; NaN where the variance is. Too narrow for few
+        positives or negatives: 95 % cover 0.62 with 2 of them, 0.82 with 3, 0.84 with 5, 0.93 with
+        10 (simulated).
 
         Where the variance is zero (no positive below a negative, or all scores equal) the normal
         interval would have no width. There it is Newcombe's method 5 (Statistics in Medicine 25,
@@ -133,8 +135,8 @@ def nan_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def delong(
-    scores: Float[np.ndarray, "R N"],
-    truth: np.ndarray,
+    scores: Float[np.ndarray, "R N"] | Sequence,
+    truth: np.ndarray | Sequence,
     groups: Sequence | np.ndarray | None = None,
 ) -> DeLong:
     """AUROC and its covariance by DeLong, DeLong & Clarke-Pearson (Biometrics 1988), or of grouped
@@ -161,7 +163,8 @@ def delong(
     Raises:
         ValueError: scores, truth and groups of other lengths; a label that is not 0, 1 or NaN.
     """
-    truth, missing = known_labels(truth)
+    scores = np.asarray(scores)
+    truth, missing = known_labels(np.asarray(truth))
     if truth.shape != scores.shape[1:]:
         raise ValueError(f"scores {scores.shape} and truth {truth.shape} must agree")
     if groups is not None and len(groups) != len(truth):
