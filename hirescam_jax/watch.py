@@ -63,8 +63,8 @@ class Watch:
         """Per step in seconds, and what follows from it; begins anew.
 
         step_seconds, of which input_seconds (waiting for data and copying it to the devices),
-        device_seconds (starting the step and waiting for the devices) and checkpoint_seconds; volumes_per_second;
-        flop_utilisation: a device's FLOPs over its peak (where that is known);
+        device_seconds (starting the step and waiting for the devices) and checkpoint_seconds;
+        volumes_per_second; flop_utilisation: a device's FLOPs over its peak (where that is known);
         device_gib: most memory used so far (where the device tells).
         """
         elapsed = time.perf_counter() - self.start - self.seconds["validation"]
