@@ -237,9 +237,13 @@ def localize(
     suffix: str = "_lesions",
     organ_suffix: str = "_regions",
     tolerance_mm: float = 0.0,
+    patients: Path | None = None,
 ) -> None:
     """Compare written maps with masks of lesions: pointing game and energy, beside the maps of
-    other volumes and uniform maps of the organ and of the whole volume.
+    other patients and uniform maps of the organ and of the whole volume.
+
+    `hirescam explain` writes maps of the labels that the model predicts, unless --labels names
+    others: hits are then those of true positives, and the table counts the lesions without a map.
 
     Args:
         explained: folder of `hirescam explain --grid input`.
@@ -250,21 +254,23 @@ def localize(
         suffix: of the masks of lesions, between id and .nii.gz.
         organ_suffix: of the masks of organs, where there are any.
         tolerance_mm: so near to a lesion counts as on it.
+        patients: CSV table with columns id and patient (findings.csv, say), so that the other map
+            is another patient's; by default each volume is.
     """
     from hirescam_jax import localize as localization
 
     if out is not None and out.exists():
         raise UserError(f"{out}: exists; choose another file")
+    place: Any = {"method": method, "suffix": suffix}
+    given = explained, masks, _json(label_map)
     found = localization.localize(
-        explained,
-        masks,
-        _json(label_map),
-        method=method,
-        suffix=suffix,
+        *given,
+        **place,
         organ_suffix=organ_suffix,
         tolerance_mm=tolerance_mm,
+        patients=None if patients is None else localization.read_patients(patients),
     )
-    print(localization.table(found))
+    print(localization.table(found, localization.without_map(*given, **place)))
     if out is not None:
         localization.write_table(out, found)
         print(out)
@@ -286,9 +292,9 @@ def table(
 
     built = all_tables(runs, against)
     paths = write_tables(built, out)
-    for name in ("models", "masks", "differences"):
-        if name in built:
-            print(built[name].markdown())
+    for name, made in built.items():
+        if name in ("models", "differences") or name.startswith("masks"):
+            print(made.markdown())
     for path in paths:
         print(path)
 

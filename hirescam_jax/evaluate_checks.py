@@ -41,6 +41,7 @@ STEPS = 16  # of the insertion and deletion curves
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the cells that ROAD removes
 BLUR = 1 / 16  # of the largest axis: standard deviation of where insertion starts
 MEASURES = {"insertion": "insertion", "deletion": "deletion", "road": "ROAD"}
+COUNT_STYLE = {"textcoords": "offset points", "ha": "center", "fontsize": 7, "color": "#57606a"}
 
 
 def chosen_volumes(source: Source, count: int) -> np.ndarray:
@@ -67,9 +68,10 @@ def faithfulness(run: Run, source: Source, prior: np.ndarray, count: int) -> dic
     Returns:
         {"volumes", "patients", "pairs" of volume and label, "steps", "fractions" that ROAD removes,
         "blur_voxels", "methods": {method: {"insertion", "deletion" (areas), "road" (combined):
-        interval; "insertion_curve", "deletion_curve": means at 0, 1 / steps, ... 1 of the cells;
-        "road_most_first", "road_least_first": means at `fractions`}}}; methods and intervals as in
-        `evaluate`, null where no volume has a finding.
+        interval, and "pairs" that it is over, fewer where a baseline has no map of a label;
+        "insertion_curve", "deletion_curve": means at 0, 1 / steps, ... 1 of the cells, over the
+        same pairs; "road_most_first", "road_least_first": means at `fractions`}}}; methods and
+        intervals as in `evaluate`, null where no volume has a finding.
     """
     model: Any = run.model
     sigma = BLUR * max(source.shape)
@@ -131,9 +133,11 @@ def faithfulness(run: Run, source: Source, prior: np.ndarray, count: int) -> dic
 def _means(pairs: list[dict[str, Any]], groups: np.ndarray) -> dict[str, Any]:
     """Means over pairs of volume and label, the patients drawn for the intervals."""
     if not pairs:
-        return {name: {"value": None, "low": None, "high": None} for name in MEASURES}
+        return {name: {"value": None, "low": None, "high": None, "pairs": 0} for name in MEASURES}
     stacked = {name: np.stack([pair[name] for pair in pairs]) for name in pairs[0]}
     result: dict[str, Any] = mean_intervals({name: stacked[name] for name in MEASURES}, groups)
+    for name in MEASURES:
+        result[name] |= {"pairs": int((~np.isnan(stacked[name])).sum())}
     for name in stacked.keys() - MEASURES.keys():
         values = nan_mean(stacked[name], axis=0)
         result[name] = None if np.isnan(values).any() else values.tolist()
@@ -145,8 +149,10 @@ def sanity(run: Run, source: Source, count: int) -> dict[str, Any]:
     stay to those of the trained network while its layers are made as new, from the output back.
 
     Returns:
-        {"volumes", "layers": names in their order, "methods": {method: {"ssim", "spearman",
-        "spearman_absolute": mean after each layer, null where nothing is defined}}}.
+        {"volumes", "maps": of a method, one a volume and label, "layers": names in their order,
+        "methods": {method: {"ssim", "spearman", "spearman_absolute": mean after each layer, null
+        where nothing is defined}}, "defined": the same with how many of the maps are in each mean:
+        one that became constant has no correlation}.
     """
     model: Any = run.model
     volumes = run.normalize(
@@ -166,14 +172,17 @@ def sanity(run: Run, source: Source, count: int) -> dict[str, Any]:
 
     trained = maps_of(variables)
     kinds = ("ssim", "spearman", "spearman_absolute")
-    methods: dict[str, Any] = {name: {kind: [] for kind in kinds} for name in trained}
+    methods, defined = ({name: {kind: [] for kind in kinds} for name in trained} for _ in "ab")
     cascade = cascading_randomization(variables, fresh, layers)
     for _, randomized in progress(cascade, "sanity", "layer", len(layers)):
         for name, maps in maps_of(randomized).items():
             for kind, values in compare(trained[name], maps)._asdict().items():
-                mean = float(nan_mean(np.asarray(values).reshape(-1)))
-                methods[name][kind].append(null(mean))
-    return {"volumes": count, "layers": layers, "methods": methods}
+                known = np.asarray(values).reshape(-1)
+                methods[name][kind].append(null(float(nan_mean(known))))
+                defined[name][kind].append(int((~np.isnan(known)).sum()))
+    number = count * len(run.labels)
+    found = {"volumes": count, "maps": number, "layers": layers}
+    return {**found, "methods": methods, "defined": defined}
 
 
 def maps_program(run: Run) -> Callable[[Any, Array], dict[str, Array]]:
@@ -190,17 +199,22 @@ def maps_program(run: Run) -> Callable[[Any, Array], dict[str, Array]]:
 
 
 def faithfulness_table(result: dict[str, Any]) -> str:
+    """A map a row; a mean over fewer findings than the header says has their number behind it."""
     of = f"{result['volumes']} volumes of {result['patients']} patients"
     rows = [[f"{result['pairs']} findings in {of}", *MEASURES.values()]]
     rows[0][2] += " (low is good)"
     for name, measures in result["methods"].items():
-        cells = [interval_text(measures[key]) for key in MEASURES]
+        cells = []
+        for key in MEASURES:
+            fewer = measures[key]["pairs"] != result["pairs"]
+            cells.append(interval_text(measures[key]) + f" ({measures[key]['pairs']})" * fewer)
         rows.append([map_name(name), *cells])
     return aligned(rows)
 
 
 def save_sanity_picture(path: Path, result: dict[str, Any]) -> None:
-    """Similarity to the trained network's maps, by the number of layers made as new."""
+    """Similarity to the trained network's maps, by the number of layers made as new; a mean over
+    fewer than all maps has their number at its point."""
     layers = ["trained", *result["layers"]]
     figure = Figure(figsize=(max(7.0, 1.5 + 0.45 * len(layers)) + 2, 4.6), facecolor="white")
     FigureCanvasAgg(figure)
@@ -212,13 +226,23 @@ def save_sanity_picture(path: Path, result: dict[str, Any]) -> None:
         for name, of_method in result["methods"].items():
             values = [1.0, *(np.nan if v is None else v for v in of_method[kind])]
             ax.plot(values, "o-", ms=4, color=colors.get(name), label=map_name(name))
+            _write_counts(ax, values[1:], result["defined"][name][kind], result["maps"])
         ax.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=8)
         ax.set_title(f"{title} with the trained network's maps", loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#e5e7eb", lw=0.8)
     axes[0].set_ylim(top=1.03)
     axes[0].legend(frameon=False, fontsize=9)
-    figure.supxlabel("layers made as new, from the output back, one more each", fontsize=9)
+    below = "layers made as new, from the output back, one more each; means over "
+    below += f"{result['maps']} maps, or over (n) where the rest cannot be compared"
+    figure.supxlabel(below, fontsize=9)
     figure.tight_layout()
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def _write_counts(ax: Any, values: list[float], counts: list[int], number: int) -> None:
+    """ "(n)" above each point that is a mean over fewer maps than `number`."""
+    for place, (value, count) in enumerate(zip(values, counts, strict=True), 1):
+        if count < number and np.isfinite(value):
+            ax.annotate(f"({count})", (place, value), (0, 4), **COUNT_STYLE)

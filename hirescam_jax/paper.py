@@ -21,6 +21,7 @@ SMALL_TRAIN, SMALL_VAL = 2000, 1000
 STORE = "prepared"
 # What torchvision calls ResNet18_Weights.IMAGENET1K_V1; looked for in the working folder.
 IMAGENET = "resnet18-f37072fd.pth"
+REDUCED_SHAPE = (48, 48, 48)  # (D, H, W)
 
 
 def small_set(
@@ -44,12 +45,11 @@ def reduced(config: Config) -> Config:
     the masks come to the grid) stays; a mask loss is weighed as in the demo.
     """
     data: Any = config.data
-    small, shape = _narrow(config.model)
     return dataclasses.replace(
         config,
-        model=small,
+        model=_narrow(config.model),
         data=PhantomData(
-            PhantomConfig(shape=shape),
+            PhantomConfig(shape=REDUCED_SHAPE),
             train_size=640,
             val_size=128,
             test_size=192,
@@ -82,18 +82,17 @@ def check_made_with(run: Path, config: Config) -> None:
             )
 
 
-def _narrow(model: Any) -> tuple[Any, tuple[int, int, int]]:
-    """A narrow network of the same kind, and the (D, H, W) of the volumes that it needs."""
+def _narrow(model: Any) -> Any:
+    """A narrow network of the same kind, for volumes of `REDUCED_SHAPE`."""
     narrow_resnet = {"blocks": (1, 1, 1), "widths": (8, 16, 32), "stem": "small"}
     few_hidden = {"hidden": (32, 24), "dtype": "float32"}
     if isinstance(model, AxialNet):
         convs = (32,) if model.conv_widths else ()
-        small = model.clone(
-            **narrow_resnet, conv_widths=convs, conv_padding="SAME", dtype="float32"
-        )
-        return small, (48, 48, 48)
+        return model.clone(**narrow_resnet, conv_widths=convs, conv_padding="SAME", dtype="float32")
     if isinstance(model, Conv3DNet):
-        return model.clone(widths=(16, 32), narrow=(32, 16), **few_hidden), (48, 48, 48)
-    small = model.clone(**narrow_resnet, conv_widths=(16, 8), **few_hidden)
-    # BodyConv's convolutions make one cell of 27 slices, and there should be more than one.
-    return small, ((81, 48, 48) if isinstance(model, BodyConv) else (48, 48, 48))
+        return model.clone(widths=(16, 32), narrow=(32, 16), **few_hidden)
+    if isinstance(model, BodyConv):
+        # Cells of 6 x 8 x 8 voxels: with its usual 27 slices few organs have a cell of their own.
+        small = model.clone(blocks=(1, 1), widths=(8, 32), stem="small", conv_widths=(16,))
+        return small.clone(channels=2, **few_hidden)
+    return model.clone(**narrow_resnet, conv_widths=(16, 8), **few_hidden)

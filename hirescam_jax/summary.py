@@ -138,7 +138,8 @@ def evaluate(
         interval}} with one entry for every label.
 
         "volumes": of the test split. "patients": how many were resampled.
-        "positives": {label: volumes}.
+        "grid": [d, h, w] of the maps, null without maps.
+        "positives": {label: volumes}. "positive_patients": {label: patients}.
         "auroc": a measure, and "delong": {label: {"low", "high", "standard_error"}}: intervals by
             DeLong's variance, by patient; an interval with as many patients as above.
         "average_precision": a measure.
@@ -154,8 +155,9 @@ def evaluate(
             "organ_prior", "centre_blob", "random" (`hirescam_jax.metrics.baselines`).
         "lesions": null where the data has none, else {method: {"iou", "dice", "otsu_iou",
             "otsu_dice", "pointing", "energy", "rank_accuracy", "average_precision"}}: measures
-            against the lesions on the feature grid. "iou" has its own "thresholds", which "dice"
-            shares; it is a mean over volumes of each one's own.
+            against the lesions on the feature grid, with "pairs" and "undefined_pairs" (a lesion
+            without a cell, say). "iou" has its own "thresholds", which "dice" shares; it is a mean
+            over volumes of each one's own.
         "completeness": null without maps, else {"mean", "worst"} over all volumes and labels of
             |sum of the HiResCAM map + bias - logit|.
 
@@ -171,11 +173,11 @@ def evaluate(
     maps = at_thresholds(labels, validation, test)
     probabilities = expit(test.logits.astype(np.float64))
     present = test.labels.any(axis=0)
-    positive = groups_in(test.labels, numbers)
+    positive_patients = groups_in(test.labels, numbers)
 
     def of_present(found: Resampled) -> Resampled:
         value = np.where(present, found.value, np.nan)
-        return found._replace(value=value, groups=np.minimum(found.groups, positive))
+        return found._replace(value=value, groups=np.minimum(found.groups, positive_patients))
 
     def measure(found: Resampled) -> dict[str, Any]:
         """Means and intervals of labels; of those alone that are present."""
@@ -189,25 +191,23 @@ def evaluate(
     def of_values(values: np.ndarray) -> dict[str, Any]:
         return measure(resampled_means(values, times, numbers))
 
+    def of_pairs(values: np.ndarray) -> dict[str, Any]:
+        pairs = int((~np.isnan(values)).sum())
+        counts = {"pairs": pairs, "undefined_pairs": int(test.labels.sum()) - pairs}
+        return {**of_values(values), **counts}
+
     def of_map(name: str) -> dict[str, Any]:
         values = maps.values[name]
-        pairs, present_pairs = int((~np.isnan(values)).sum()), int(test.labels.sum())
         organs = {}
         if test.findings is not None and regions:
             organs = _by_region(values, test.findings, regions, times, numbers)
-        return {
-            **of_values(values),
-            "thresholds": maps.thresholds[name],
-            "pairs": pairs,
-            "undefined_pairs": present_pairs - pairs,
-            "regions": organs,
-        }
+        return {**of_pairs(values), "thresholds": maps.thresholds[name], "regions": organs}
 
     aurocs, precisions = resampled_ranks(test.logits, test.labels, times, numbers)
     lesions: dict[str, dict[str, Any]] = {}
     for key, values in maps.values.items():
         if isinstance(key, tuple):
-            lesions.setdefault(key[0], {})[key[1]] = of_values(values)
+            lesions.setdefault(key[0], {})[key[1]] = of_pairs(values)
     for name, of_lesions in lesions.items():
         of_lesions["iou"]["thresholds"] = maps.thresholds[name, "iou"]
     precision = measure(precisions)
@@ -217,7 +217,9 @@ def evaluate(
     return {
         "volumes": len(test.labels),
         "patients": int(numbers.max()) + 1,
+        "grid": None if test.prior is None else list(test.prior.shape[1:]),
         "positives": dict(zip(labels, test.labels.sum(0).tolist(), strict=True)),
+        "positive_patients": dict(zip(labels, positive_patients.tolist(), strict=True)),
         "auroc": {**measure(aurocs), "delong": _delong(labels, test, numbers)},
         "average_precision": _cut(precision),
         "calibration": {

@@ -55,7 +55,16 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
         )
     for name, of_map in result.get("head", {}).get("maps", {}).items():
         yield f"{map_name(name)}: {of_map['text']}"
-    in_sample = "its thresholds are chosen on the same maps, so that OrganIoU is in-sample"
+    lesions = (result["lesions"] or {}).get("hirescam", {}).get("otsu_iou")
+    if lesions and lesions["undefined_pairs"]:
+        yield (
+            f"Lesions: over {lesions['pairs']} pairs of a volume and a finding; "
+            f"{lesions['undefined_pairs']} more have a lesion without a cell"
+        )
+    in_sample = (
+        "its thresholds and its organ prior are made of the same volumes, so that OrganIoU is "
+        "in-sample"
+    )
     if "validation" in result:
         other = result["validation"]
         means = {"AUROC": other["auroc"], "OrganIoU HiResCAM": other["organ_iou"].get("hirescam")}
@@ -69,44 +78,54 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
         f"In brackets: 95 % bootstrap intervals over {result['patients']} patients "
         f"({result['volumes']} volumes), too narrow for fewer than ten; none for labels with fewer "
         "than five positive patients (with fewer than two they are in no mean either), for means "
-        "of mostly such labels, and where average precision has too much bias for one"
+        "of mostly such labels, and where average precision has too much bias for one. "
+        "Positives: patients with the label"
     )
 
 
 def label_table(result: dict[str, Any]) -> str:
-    """AUROC, average precision and OrganIoU of the model's maps, a label a row."""
+    """Patients with the label, AUROC, average precision and OrganIoU of the model's maps, a label
+    a row."""
     columns = {"AUROC": result["auroc"], "AP": result["average_precision"]}
     for name, of_map in result["organ_iou"].items():
         if name in ("hirescam", "gradcam"):
             columns[f"OrganIoU {name}"] = of_map
     labels = result["auroc"]["labels"]
-    rows = [["", *columns]]
-    rows.append([_mean_of(columns.values()), *(interval_text(c["mean"]) for c in columns.values())])
+    rows = [["", "positives", *columns]]
+    means = [interval_text(c["mean"]) for c in columns.values()]
+    rows.append([_mean_of(columns.values()), "", *means])
     if len({c["defined"] for c in columns.values()}) > 1:
         of = [f"{c['defined']} of {len(labels)} labels" for c in columns.values()]
-        rows.append(["of", *of])
+        rows.append(["of", "", *of])
     for label in labels:
-        rows.append([label, *(interval_text(c["labels"][label]) for c in columns.values())])
+        cells = [interval_text(c["labels"][label]) for c in columns.values()]
+        rows.append([label, str(result["positive_patients"][label]), *cells])
     return aligned(rows)
 
 
 def map_table(result: dict[str, Any]) -> str:
-    """Means over the labels, a map a row: those of the model, then those that no model made."""
+    """Means over the labels, a map a row: those of the model, then those that no model made. A mean
+    over fewer labels than most has their number behind it."""
     lesions = result["lesions"]
-    rows = [["maps, means over labels", "OrganIoU"]]
+    shown = {
+        name: [of_map, *(lesions[name][key] for key in LESION_MEASURES if lesions)]
+        for name, of_map in _ordered(result["organ_iou"])
+    }
+    counts = [measure["defined"] for measures in shown.values() for measure in measures]
+    most, total = max(counts), len(result["auroc"]["labels"])
+    of = f"{most} of {total} labels" if most < total else f"{total} labels"
+    fewer = ", (n): over n" if min(counts) < most else ""
+    rows = [[f"maps, means over {of}{fewer}", "OrganIoU"]]
     if lesions:
         rows[0] += [f"lesions: {next(iter(LESION_MEASURES.values()))}"]
         rows[0] += list(LESION_MEASURES.values())[1:]
-    for name, of_map in _ordered(result["organ_iou"]):
-        title = map_name(name)
-        missing = len(of_map["labels"]) - of_map["defined"]
-        if missing:
-            title += f" ({of_map['defined']} of {len(of_map['labels'])} labels)"
-        row = [title, interval_text(of_map["mean"])]
-        if lesions:
-            means = (lesions[name][key]["mean"]["value"] for key in LESION_MEASURES)
-            row += ["n/a" if mean is None else f"{mean:.3f}" for mean in means]
-        rows.append(row)
+    for name, (of_map, *against_lesions) in shown.items():
+        means = [m["mean"]["value"] for m in against_lesions]
+        cells = [interval_text(of_map["mean"])]
+        cells += ["n/a" if mean is None else f"{mean:.3f}" for mean in means]
+        defined = [measure["defined"] for measure in shown[name]]
+        cells = [c + f" ({n})" * (n < most) for c, n in zip(cells, defined, strict=True)]
+        rows.append([map_name(name), *cells])
     return aligned(rows)
 
 

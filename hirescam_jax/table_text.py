@@ -7,13 +7,14 @@ from typing import Any
 
 # {"value", "low", "high"}, each None where it is not defined. Also "form", a format specification;
 # "holds", where the cell is of a map: whether it accounts for the score; "labels": how many are in
-# the mean, and "usual": in the others of its row.
+# the mean, and "usual": in the others of its row; "other": whether it is of other volumes; and
+# "compared": whether it may be the best of its column.
 Interval = dict[str, Any]
 MISSING: Interval = {"value": None, "low": None, "high": None}
 
 CSV_NAMES = {"value": "", "low": "low", "high": "high", "labels": "labels", "holds": "guaranteed"}
 LONG = 40  # rows; more are not on one page
-MARK = "†"
+MARK, OTHER = "†", "‡"
 NO_GUARANTEE = (
     f"{MARK} By this head the map need not account for the score: it may lie where the model did "
     "not look, in the organ or not."
@@ -28,7 +29,8 @@ TEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     MARK: r"$^\dagger$",
-    "‡": r"$^\ddagger$",
+    OTHER: r"$^\ddagger$",
+    "×": r"$\times$",
     **{character: f"\\{character}" for character in "#$%&_"},
 }
 
@@ -52,7 +54,8 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def without_empty(self) -> "Table":
-        """Without the columns that have no value at all."""
+        """Without the columns that have no value or no text at all."""
+        texts = [i for i in range(len(self.head)) if any(head[i] for head, _ in self.rows)]
         kept = [
             column
             for column in range(len(self.names))
@@ -60,8 +63,12 @@ class Table:
         ]
         return dataclasses.replace(
             self,
+            head=tuple(self.head[i] for i in texts),
             names=tuple(self.names[column] for column in kept),
-            rows=tuple((head, tuple(cells[c] for c in kept)) for head, cells in self.rows),
+            rows=tuple(
+                (tuple(head[i] for i in texts), tuple(cells[c] for c in kept))
+                for head, cells in self.rows
+            ),
             better=tuple(self.better[column] for column in kept) if self.better else (),
         )
 
@@ -134,7 +141,8 @@ class Table:
             plain = escape(interval_text(cell))
             best_one = _comparable(cell) and _is(cell["value"], top)
             shown = best_form.format(plain) if best_one else plain
-            return shown + escape(MARK) if _unsure(cell) else shown
+            shown += escape(MARK) * _unsure(cell)
+            return shown + escape(OTHER) * bool(cell.get("other"))
 
         return [
             (head, [text(cell, top) for cell, top in zip(cells, best, strict=True)])
@@ -156,8 +164,10 @@ def interval_text(cell: Interval) -> str:
 
 
 def _comparable(cell: Interval) -> bool:
-    """Whether it may be the best of its column: not a mean over fewer labels."""
-    return cell["value"] is not None and cell.get("labels") == cell.get("usual")
+    """Whether it may be the best of its column: not a mean over fewer labels, nor of a map that
+    need not account for the score."""
+    alike = cell.get("labels") == cell.get("usual") and cell.get("compared", True)
+    return cell["value"] is not None and alike and not _unsure(cell)
 
 
 def _csv(figure: float | None) -> str:

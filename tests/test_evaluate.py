@@ -267,7 +267,7 @@ def test_label_with_one_positive_has_no_interval_and_is_in_no_mean():
     iou = np.where(labels[..., None], 0.5, np.nan) * np.ones(T)
     split = Predictions(logits, labels, {"hirescam": iou})
     result = evaluate(("common", "rare"), split, split, resamples=50)
-    assert result["positives"] == {"common": 30, "rare": 1}
+    assert result["positives"] == result["positive_patients"] == {"common": 30, "rare": 1}
     for measure in (result["auroc"], result["organ_iou"]["hirescam"]):
         assert measure["defined"] == 1
         rare = measure["labels"]["rare"]
@@ -277,7 +277,9 @@ def test_label_with_one_positive_has_no_interval_and_is_in_no_mean():
     # Two volumes of one patient are no more than one.
     labels[1, 1] = True
     patients = ["p0", "p0", *map(str, range(58))]
-    result = evaluate(("common", "rare"), split, split, resamples=50, patients=patients)["auroc"]
+    found = evaluate(("common", "rare"), split, split, resamples=50, patients=patients)
+    assert (found["positives"]["rare"], found["positive_patients"]["rare"]) == (2, 1)
+    result = found["auroc"]
     assert result["labels"]["rare"]["low"] is result["delong"]["rare"]["low"] is None
     one = delong(split.logits[None, :, 0], split.labels[:, 0], patients)
     assert result["delong"]["common"]["low"] == pytest.approx(one.interval()[0][0])
@@ -347,6 +349,7 @@ def test_table_of_labels():
     result = evaluate(("a", "b", "c"), predictions(0), predictions(1, b=False), resamples=30)
     header, rule, *rows = label_table(result).splitlines()
     assert re.split(r" {2,}", header.strip()) == [
+        "positives",
         "AUROC",
         "AP",
         "OrganIoU hirescam",
@@ -355,9 +358,10 @@ def test_table_of_labels():
     assert set(rule) == {"-"}
     assert rows[0].startswith("mean of 2 of 3 labels  ")
     assert [row.split()[0] for row in rows[1:]] == ["a", "b", "c"]
-    assert rows[2].split() == ["b", "n/a", "n/a", "n/a", "n/a"]
+    assert rows[2].split() == ["b", "0", "n/a", "n/a", "n/a", "n/a"]
     a = result["auroc"]["labels"]["a"]
-    assert rows[1].split()[1:4] == [
+    assert rows[1].split()[1:5] == [
+        str(result["positives"]["a"]),
         f"{a['value']:.3f}",
         f"[{a['low']:.3f},",
         f"{a['high']:.3f}]",
@@ -378,12 +382,43 @@ def test_table_of_maps_and_of_organs():
     result = evaluate(("a", "b", "c"), *splits, resamples=30, regions=("left", "right"))
     text = table(result)
     line = next(line for line in text.splitlines() if line.startswith("HiResCAM"))
-    assert line.startswith("HiResCAM (2 of 3 labels)")
+    assert "maps, means over 2 of 3 labels  " in text
+    assert "(2)" not in line
     energy = result["lesions"]["hirescam"]["energy"]["mean"]["value"]
     assert line.split()[-3] == f"{energy:.3f}"
     left = next(line for line in text.splitlines() if line.startswith("left"))
     assert int(left.split()[1]) == result["organ_iou"]["hirescam"]["regions"]["left"]["pairs"]
     assert "bootstrap intervals over 40 patients (40 volumes)" in text
+
+
+def test_means_against_lesions_over_fewer_labels_say_so():
+    """IoU with lesions needs a threshold, which a label without a map in the validation split has
+    not; where the lesions lie does not."""
+    validation, test = with_everything(0, b=False), with_everything(1)
+    for name in test.organ_iou:
+        for values in (test.organ_iou[name], *test.lesions[name].values()):
+            values[:] = np.where(np.isnan(values), np.nan, 0.1)
+            values[:, 1] = np.where(np.isnan(values[:, 1]), np.nan, 0.9)
+    n = np.flatnonzero(test.labels[:, 0])[0]
+    for values in test.lesions["hirescam"].values():
+        values[n, 0] = np.nan  # a lesion without a cell
+    result = evaluate(("a", "b", "c"), validation, test, resamples=20)
+    found = result["lesions"]["hirescam"]
+    pairs, of_b = int(test.labels.sum()), int(test.labels[:, 1].sum())
+    assert (found["iou"]["defined"], found["otsu_iou"]["defined"]) == (2, 3)
+    assert found["iou"]["mean"]["value"] == pytest.approx(0.1)
+    assert found["otsu_iou"]["mean"]["value"] == pytest.approx((0.1 + 0.9 + 0.1) / 3)
+    assert (found["energy"]["pairs"], found["energy"]["undefined_pairs"]) == (pairs - 1, 1)
+    assert (found["dice"]["pairs"], found["dice"]["undefined_pairs"]) == (
+        pairs - of_b - 1,
+        of_b + 1,
+    )
+    assert result["lesions"]["gradcam"]["energy"]["undefined_pairs"] == 0
+    text = table(result)
+    assert "maps, means over 3 labels, (n): over n  " in text
+    line = next(line for line in text.splitlines() if line.startswith("HiResCAM"))
+    assert re.split(r" {2,}", line)[1:5] == ["0.100 (2)", "0.100 (2)", "0.182 (2)", "0.367"]
+    assert f"Lesions: over {pairs - 1} pairs of a volume and a finding; 1 more have" in text
 
 
 # -- a whole run ----------------------------------------------------------------------------------
@@ -515,6 +550,8 @@ def test_data_without_a_test_split(run):
     assert "validation" not in result
     again = evaluate_run(run, Cases(), Cases())
     assert result["organ_iou"] == again["validation"]["organ_iou"]
+    assert result["grid"] == [2, 4, 4]
+    assert "its organ prior are made of the same volumes" in table(result)
     assert "in-sample" in table(result)
 
 
@@ -563,7 +600,7 @@ def test_interrupted_without_maps(tmp_path):
     np.testing.assert_array_equal(again.logits, whole.logits)
     result = evaluate(("a", "b", "c"), again, again, resamples=5)
     assert result["organ_iou"] == {}
-    assert result["completeness"] is None
+    assert result["completeness"] is result["grid"] is None
     assert "OrganIoU" not in table(result)
 
 
@@ -616,11 +653,51 @@ def test_checks_of_a_run(run, tmp_path):
     for of_method in sane["methods"].values():
         assert {len(values) for values in of_method.values()} == {len(sane["layers"])}
         assert all(abs(v) < 0.999 for v in of_method["spearman"] if v is not None)
+    assert sane["maps"] == 2 * 3
+    for name, of_method in sane["defined"].items():
+        for kind, counts in of_method.items():
+            values = sane["methods"][name][kind]
+            assert [count > 0 for count in counts] == [value is not None for value in values]
+            assert all(0 <= count <= 6 for count in counts)
     assert "NaN" not in json.dumps(result, allow_nan=False)
     save_sanity_picture(tmp_path / "sanity.png", sane)
     assert (tmp_path / "sanity.png").read_bytes()[:4] == b"\x89PNG"
     lines = faithfulness_table(faithful).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == list(MAP_NAMES.values())
+
+
+def test_means_of_checks_tell_how_many_maps_they_are_over(run, monkeypatch, tmp_path):
+    """A label without an organ prior; labels whose maps became constant."""
+    prior = np.ones((3, 2, 4, 4))
+    prior[..., 0] = 0
+    prior[0] = np.nan
+    items = [Cases()[i] for i in chosen_volumes(Cases(), 4)]
+    present = np.array([x["findings"].any(1) for x in items])
+    assert present[:, 0].any()
+    faithful = evaluate_checks.faithfulness(run, Cases(), prior, 4)
+    rest = int(present[:, 1:].sum())
+    for name, measures in faithful["methods"].items():
+        expected = rest if name == "organ_prior" else int(present.sum())
+        assert [measures[key]["pairs"] for key in ("insertion", "deletion", "road")] == [
+            expected
+        ] * 3
+    lines = faithfulness_table(faithful).splitlines()
+    counted = [line.split("  ")[0] for line in lines if line.count(f" ({rest})") == 3]
+    assert counted == ["organ prior"]
+
+    def some(first, second):
+        values = similarity(first, second)
+        return values._replace(spearman=values.spearman.at[:, 0].set(np.nan))
+
+    similarity = evaluate_checks.similarity
+    whole = evaluate_checks.sanity(run, Cases(), 2)["defined"]["hirescam"]["spearman"]
+    monkeypatch.setattr(evaluate_checks, "similarity", some)
+    sane = evaluate_checks.sanity(run, Cases(), 2)
+    found = sane["defined"]["hirescam"]["spearman"]
+    assert all(count <= min(before, 4) for count, before in zip(found, whole, strict=True))
+    assert found[0] == 4 < sane["maps"] == 6
+    save_sanity_picture(tmp_path / "sanity.png", sane)
+    assert (tmp_path / "sanity.png").exists()
 
 
 def test_checks_are_on_a_random_choice_and_by_patient(run, monkeypatch):

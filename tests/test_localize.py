@@ -10,7 +10,7 @@ import pytest
 from hirescam_jax import cli
 from hirescam_jax.errors import UserError
 from hirescam_jax.explain_files import TABLE
-from hirescam_jax.localize import localize
+from hirescam_jax.localize import localize, read_patients, without_map
 
 AFFINE = np.diag([-2.0, -2.0, 4.0, 1.0])
 SHAPE = (8, 10, 6)
@@ -89,6 +89,56 @@ def test_another_volumes_map_is_stretched(folders: tuple[Path, Path]):
     assert b.other_energy == a.energy
 
 
+def test_another_patients_map(folders: tuple[Path, Path]):
+    """c is a second scan of b's patient, and its map shines elsewhere."""
+    explained, masks = folders
+    save(explained / "c" / "nodule_hirescam.nii.gz", spot((0, 0, 0)))
+    (explained / "c" / TABLE).write_text("label,probability\nnodule,0.9\n")
+    lesions = np.where(spot((2, 3, 1)) > 0, np.uint8(1), np.uint8(0))
+    save(masks / "c_lesions.nii.gz", lesions)
+    # By default each volume is compared with the next one's map: b with c's.
+    found = {case.id: case for case in localize(*folders, IDS)}
+    assert (found["b"].other_hit, found["b"].other_energy) == (0.0, 0.0)
+    who = {"a": "p0", "b": "p1", "c": "p1"}
+    found = {case.id: case for case in localize(*folders, IDS, patients=who)}
+    assert found["b"].other_energy == pytest.approx(1.0 / 3.5)  # a's
+    assert found["c"].other_hit == 1.0
+    found = localize(*folders, IDS, patients=dict.fromkeys("abc", "p0"))
+    assert np.isnan([case.other_hit for case in found]).all()
+    with pytest.raises(UserError, match=r"c: its patient is not known"):
+        localize(*folders, IDS, patients={"a": "p0", "b": "p1"})
+
+
+def test_lesions_without_a_map_are_counted(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    explained, masks = folders
+    assert without_map(*folders, IDS) == {"nodule": 0, "pleural effusion": 0}
+    (explained / "b" / "nodule_hirescam.nii.gz").unlink()  # the model did not predict it
+    lesions = np.zeros(SHAPE, np.uint8)
+    lesions[5, 6, 4], lesions[0, 0, 0] = 3, 2
+    save(masks / "b_lesions.nii.gz", lesions)
+    (explained / "b" / "pleural_effusion_hirescam.nii.gz").unlink()
+    assert without_map(*folders, IDS) == {"nodule": 1, "pleural effusion": 1}
+    assert [case.id for case in localize(*folders, IDS)] == ["a"]
+    (tmp_path / "ids.json").write_text(json.dumps(IDS))
+    (tmp_path / "findings.csv").write_text("id,patient,nodule\na,p0,1\nb,,1\n")
+    assert read_patients(tmp_path / "findings.csv") == {"a": "p0", "b": "b"}
+    command = ["localize", str(explained), "--masks", str(masks)]
+    command += ["--label-map", str(tmp_path / "ids.json")]
+    cli.main([*command, "--patients", str(tmp_path / "findings.csv")])
+    lines = capsys.readouterr().out.splitlines()
+    assert "another patient's" in lines[0]
+    rows = {line[:16].strip(): line[16:].split() for line in lines}
+    assert rows["nodule"][:3] == ["1", "1", "1.000"]
+    assert rows["pleural effusion"] == ["0", "1", *"------"]
+    assert lines[-2].startswith("Left out: 2 pairs of a volume and a label")
+    assert "hits are then those of true positives" in lines[-1]
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--patients", str(tmp_path / "ids.json")])
+    assert "ids.json: no column id or patient in it" in capsys.readouterr().err
+
+
 def test_one_volume_without_organs(folders: tuple[Path, Path]):
     explained, masks = folders
     (masks / "a_regions.nii.gz").unlink()
@@ -105,7 +155,8 @@ def test_command(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Capt
     command += ["--label-map", str(tmp_path / "ids.json")]
     cli.main(command)
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("nodule"))
-    assert row.split() == ["nodule", "2", "0.500", "0.357", "0.500", "0.643", "0.004", "0.002"]
+    figures = ["0.500", "0.357", "0.500", "0.643", "0.004", "0.002"]
+    assert row.split() == ["nodule", "2", "0", *figures]
     assert len(out.read_text().splitlines()) == 3
     with pytest.raises(SystemExit):
         cli.main(command)

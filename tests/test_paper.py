@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from processes import ROOT, environment
 
 from hirescam_jax.cli import main
 from hirescam_jax.config import SGD, Config, StoreData, check_types, load_config
+from hirescam_jax.data.pipeline import make_batch
 from hirescam_jax.errors import UserError
+from hirescam_jax.losses import allowed_of
 from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet, CTNet
 from hirescam_jax.paper import check_made_with, reduced
 from hirescam_jax.run import Header
 from hirescam_jax.step import feature_grid
+from hirescam_jax.train import open_data
 
 EXPERIMENTS = sorted((ROOT / "configs" / "paper").glob("*.py"))
 PAPER_SHAPE = (405, 420, 420)
@@ -92,11 +97,26 @@ def test_what_each_experiment_is_about_survives_the_reduction():
     assert models["table1_axialnet"].conv_widths != ()
     masks = {(c.data.mask_method, c.data.dilate) for n, c in small.items() if n[:5] == "masks"}
     assert len(masks) == 6
+    # All on the same volumes.
+    assert len({(c.data.phantom, c.data.test_size) for c in small.values()}) == 1
     assert small["whole_baseline"].mask_weight == 0 < small["whole_mask_loss"].mask_weight
     for config in small.values():
         check_types(config, "reduced")
         assert min(feature_grid(config.model, config.data.phantom.shape)) >= 1
         assert config.weights == ""
+
+
+def test_few_organs_of_reduced_experiments_have_no_cell_of_their_own():
+    """Or OrganIoU would be over other findings in each network."""
+    for name in ("table1_axialnet", "table1_axialnet_no_convs", "table1_bodyconv", "table1_conv3d"):
+        config: Any = reduced(config_of(name))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_size=48))
+        batch = make_batch(open_data(config, "test"), list(range(48)))
+        given = jnp.asarray(batch["findings"]), jnp.asarray(batch["regions"])
+        allowed = np.asarray(allowed_of(*given))
+        allowed = allowed[batch["findings"].any(-1)].reshape(-1, *allowed.shape[2:])
+        inside = allowed.mean(axis=(1, 2, 3))
+        assert np.mean((inside == 0) | (inside == 1)) < 0.05, name
 
 
 def test_a_config_of_ones_own_is_reduced_too():

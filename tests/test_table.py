@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from hirescam_jax.config import Config, StoreData
 from hirescam_jax.differences import difference_tables
 from hirescam_jax.errors import UserError
 from hirescam_jax.metrics import auroc, bootstrap, delong_test
+from hirescam_jax.models import AxialNet, Conv3DNet
 from hirescam_jax.run import Header
 from hirescam_jax.table import all_tables, mask_tables, read_evaluations, tables, write_tables
 from hirescam_jax.table_text import Table
@@ -129,10 +131,12 @@ def test_maps_without_a_guarantee_are_marked():
     markdown, rows = built.markdown(), list(csv.DictReader(io.StringIO(built.csv())))
     body = next(line for line in markdown.splitlines() if "| body |" in line)
     axial = next(line for line in markdown.splitlines() if "| axial |" in line)
-    assert "**0.900 [0.850, 0.950]**†" in body
-    assert "0.300 [0.250, 0.350] |" in axial
+    # The larger one stands out no more than the other: it may lie where the model did not look.
+    assert "| 0.900 [0.850, 0.950]† |" in body
+    assert "| 0.300 [0.250, 0.350] |" in axial
+    assert "| **0.812 [0.762, 0.862]** |" in axial
     assert "† By this head the map need not account for the score" in markdown
-    assert r"\textbf{0.900 [0.850, 0.950]}$^\dagger$" in built.latex()
+    assert r"0.900 [0.850, 0.950]$^\dagger$" in built.latex()
     assert [row["OrganIoU HiResCAM guaranteed"] for row in rows] == ["yes", "no"]
     assert [row["head"] for row in rows] == ["exact", "none"]
     assert "OrganIoU organ prior guaranteed" not in rows[0]
@@ -166,18 +170,91 @@ def test_both_splits():
 
 
 def test_runs_of_other_volumes_are_marked():
-    built = tables({**TWO, "other": {**TWO["mask_loss"], "content": "xyz"}})["models"]
+    best = {**evaluation(0.95, 0.95), "content": "xyz"}
+    built = tables({**TWO, "other": best})["models"]
     assert [row[0][0] for row in built.rows] == ["baseline", "mask_loss", "other ‡"]
-    assert "‡ Measured on other volumes" in built.markdown()
+    markdown = built.markdown()
+    assert "‡ Measured on other volumes" in markdown
+    assert r"other $^\ddagger$" in built.latex()
+    other = next(line for line in markdown.splitlines() if "| other ‡ |" in line)
+    assert "**" not in other
+    assert "**0.812 [0.762, 0.862]**" in markdown
+    assert "**0.450 [0.400, 0.500]**" in markdown
+
+
+def on_grid(found: dict[str, Any], grid: list[int], pairs: int, undefined: int) -> dict[str, Any]:
+    found["grid"] = grid
+    found["organ_iou"]["hirescam"] |= {"pairs": pairs, "undefined_pairs": undefined}
+    return found
+
+
+def test_models_tell_over_which_pairs_and_on_which_grid_organ_iou_is():
+    fine = {n: on_grid(copy.deepcopy(e), [16, 6, 6], 287, 1) for n, e in TWO.items()}
+    built = tables(fine)
+    rows = list(csv.DictReader(io.StringIO(built["models"].csv())))
+    assert [(row["grid"], row["pairs"]) for row in rows] == [("16×6×6", "287 of 288")] * 2
+    assert r"16$\times$6$\times$6" in built["models"].latex()
+    assert "**0.450 [0.400, 0.500]**" in built["models"].markdown()
+    for table in built.values():
+        assert "threshold: 1 of 288 (baseline, mask_loss)." in table.markdown()
+
+    ctnet = evaluation(0.7, 0.2)
+    ctnet["organ_iou"] = {}
+    assert "**0.450" in tables({**fine, "ctnet": ctnet})["models"].markdown()  # it has no maps
+
+    for grid, pairs in (([3, 2, 2], 125), ([5, 5, 5], 287), ([16, 6, 6], 200)):
+        coarse = on_grid(evaluation(0.7, 0.9), grid, pairs, 288 - pairs)
+        built = tables({**fine, "body": coarse})["models"]
+        markdown = built.markdown()
+        assert "**0.812 [0.762, 0.862]**" in markdown
+        assert "**0.450" not in markdown
+        assert "**0.900" not in markdown
+        assert "Not all maps are on the same grid and over the same pairs" in markdown
+        if pairs < 287:
+            assert f"1 of 288 (baseline, mask_loss); {288 - pairs} of 288 (body)." in markdown
+        # Of other volumes it is no part of the comparison.
+        apart = tables({**fine, "body": {**coarse, "content": "xyz"}})["models"].markdown()
+        assert "**0.450 [0.400, 0.500]**" in apart
+
+
+def test_labels_tell_how_many_are_positive():
+    known = copy.deepcopy(TWO)
+    known["baseline"]["positives"] = {"nodule": 31, "a_b 100%": 1}  # volumes, of an older version
+    known["mask_loss"] |= {
+        "positives": {"nodule": 31, "a_b 100%": 1},
+        "positive_patients": {"nodule": 12, "a_b 100%": 1},
+    }
+    rows = csv.DictReader(io.StringIO(tables(known)["labels"].csv()))
+    found = {(row["label"], row["model"]): row["positives"] for row in rows}
+    assert found["nodule", "baseline"] == "31"
+    assert found["nodule", "mask_loss"] == "12"
+    assert found["a_b 100%", "mask_loss"] == "1"
+    assert "positives: patients" in tables(known)["labels"].markdown()
 
 
 def test_lesions_have_a_table_of_their_own():
     keys = ["iou", "dice", "otsu_iou", "pointing", "energy", "rank_accuracy", "average_precision"]
-    lesions = {"hirescam": {key: {"mean": interval(0.25)} for key in keys}}
+
+    def of_map(defined: int, pairs: int, undefined: int) -> dict[str, Any]:
+        counts = {"defined": defined, "pairs": pairs, "undefined_pairs": undefined}
+        return {key: {"mean": interval(0.25), **counts} for key in keys}
+
+    # A label has no lesion in the validation split, and so neither threshold nor organ prior.
+    lesions = {"hirescam": of_map(2, 19, 1), "organ_prior": of_map(1, 9, 11)}
+    lesions["hirescam"]["iou"] |= {"defined": 1, "pairs": 9, "undefined_pairs": 11}
     built = tables({"one": {**TWO["baseline"], "lesions": lesions}})["lesions"]
-    assert built.rows[0][0] == ("one", "HiResCAM")
+    assert built.rows[0][0] == ("one", "HiResCAM", "2 of 2", "19 of 20")
+    assert built.rows[1][0] == ("one", "organ prior", "2 of 2", "9 of 20")
     assert "energy" in built.names
-    assert "| one | HiResCAM | 0.250 [0.200, 0.300] |" in built.markdown()
+    own, prior = (line for line in built.markdown().splitlines() if line.startswith("| one"))
+    assert own.count("(1 label)") == 1
+    assert "| 19 of 20 | 0.250 [0.200, 0.300] (1 label) | 0.250 [0.200, 0.300] |" in own
+    assert prior.count("(1 label)") == len(keys)
+    row = next(csv.DictReader(io.StringIO(built.csv())))
+    assert (row["IoU labels"], row["energy labels"]) == ("1", "2")
+    assert "those left out have a lesion without a cell" in built.markdown()
+    whole = {"one": {**TWO["baseline"], "lesions": {"hirescam": of_map(2, 20, 0)}}}
+    assert "left out" not in tables(whole)["lesions"].markdown()
 
 
 def header(**data: Any) -> Header:
@@ -199,6 +276,50 @@ def test_masks_have_the_papers_layout():
     ]
     assert found == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
     assert mask_tables(evaluations, {"baseline": other}) == {}
+    assert "test split, 40 volumes; 95 % intervals" in table.title
+    assert "in-sample" not in table.markdown()
+    (table,) = mask_tables(evaluations, headers, "validation").values()
+    assert "validation split" in table.title
+    assert "in-sample" in table.markdown()
+
+
+def test_masks_of_two_seeds_are_told_apart():
+    ways = [(m, d) for m in ("nearest", "area") for d in (False, True)]
+    headers, evaluations = {}, {}
+    for seed in (0, 7):
+        for method, dilate in ways:
+            found = header(mask_method=method, dilate=dilate)
+            config = dataclasses.replace(found.config, seed=seed, workers=seed)
+            name = f"{method}_{dilate}_{seed}"
+            headers[name] = dataclasses.replace(found, config=config)
+            evaluations[name] = on_grid(evaluation(0.8, 0.4), [4, 4, 4], 30, 2)
+    evaluations["area_True_7"] |= {"content": "xyz"}
+    built = mask_tables(evaluations, headers)
+    assert list(built) == ["masks", "masks_2"]
+    assert "dilation; seed 0; means" in built["masks"].title
+    assert "dilation; seed 7; means" in built["masks_2"].title
+    assert "Runs: nearest_False_7, nearest_True_7, area_False_7" in built["masks_2"].markdown()
+    assert "threshold: 2 of 32 (nearest_False_0" in built["masks"].markdown()
+    assert "‡" not in built["masks"].markdown()
+    (area,) = (x for x in built["masks_2"].markdown().splitlines() if x.startswith("| area"))
+    assert area.count("‡") == 3  # AUROC and both maps, dilated
+    assert "‡ Measured on other volumes" in built["masks_2"].markdown()
+
+
+def test_masks_of_two_networks_are_told_apart_in_a_few_words():
+    headers = {}
+    for model in (AxialNet(), AxialNet(pool="max"), Conv3DNet()):
+        for method in ("nearest", "area"):
+            found = header(mask_method=method)
+            config = dataclasses.replace(found.config, model=model)
+            headers[f"{method}_{len(headers)}"] = dataclasses.replace(found, config=config)
+    built = mask_tables(dict.fromkeys(headers, TWO["baseline"]), headers)
+    titles = [table.title.split("dilation; ")[1].split("; means")[0] for table in built.values()]
+    assert titles == [
+        "model AxialNet; model.pool mean",
+        "model AxialNet; model.pool max",
+        "model Conv3DNet",
+    ]
 
 
 # -- differences ----------------------------------------------------------------------------------
@@ -314,6 +435,20 @@ def test_command(tmp_path: Path, capsys):
     assert (tmp_path / "tables" / "models.md").read_text() in printed
 
 
+def test_differences_on_the_validation_split_are_in_sample(tmp_path: Path):
+    runs = []
+    for seed, (name, one) in enumerate(TWO.items()):
+        found = {**on_grid(copy.deepcopy(one), [4 + seed, 4, 4], 30, 2), "split": "validation"}
+        runs.append(write_run(tmp_path / name, found))
+        values(seed).save(runs[-1] / "evaluation_validation.npz")
+    for name in ("differences", "differences_labels"):
+        markdown = all_tables(runs)[name].markdown()
+        assert "validation split" in markdown
+        assert "in-sample" in markdown
+        assert "threshold: 2 of 32 (baseline, mask_loss)" in markdown
+        assert "Not all maps are on the same grid" in markdown
+
+
 def test_damaged_and_missing_values(tmp_path: Path):
     runs = [write_run(tmp_path / name, value) for name, value in TWO.items()]
     assert set(all_tables(runs)) == {"models", "labels", "organs"}
@@ -379,9 +514,10 @@ def test_runs_that_cannot_be_compared(tmp_path: Path):
 
 def test_files_are_replaced_whole(tmp_path: Path):
     write_tables(tables(TWO), tmp_path)
-    (tmp_path / "masks.tex").write_text("of other runs")
+    for name in ("masks.tex", "masks_2.md", "masks_11.csv", "masks_of_my_own.md"):
+        (tmp_path / name).write_text("of other runs")
     write_tables(tables({"mask_loss": TWO["mask_loss"]}), tmp_path)
-    assert not (tmp_path / "masks.tex").exists()
+    assert [path.name for path in tmp_path.glob("masks*")] == ["masks_of_my_own.md"]
     assert "baseline" not in (tmp_path / "models.csv").read_text()
 
 
