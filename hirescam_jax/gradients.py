@@ -123,8 +123,9 @@ def _traced_gradient(head: Head, features: Any, logits: Any, batch: int) -> _Tra
             raise ValueError("a head that holds data of the whole batch")
         return pull_back(cotangent)[0]
 
-    cotangent = jax.ShapeDtypeStruct((batch, *logits.shape[1:]), logits.dtype)
     try:
+        # Made of the logits, see `gradient_maps`.
+        cotangent = jnp.broadcast_to(logits[:1], (batch, *logits.shape[1:]))
         traced = jax.make_jaxpr(gradient)(features[:1], cotangent).jaxpr
     except (TypeError, ValueError, OverflowError):
         return None
