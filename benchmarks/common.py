@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,8 @@ class Timing:
 
 
 def interleave(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
-    """Times the programs in turn, A B C A B C ..., so that a busy machine slows all of them alike.
+    """Times the programs in turns, each turn in another order, so that a busy machine slows all of
+    them alike, and none has always the same one (whose threads and caches linger) before it.
 
     Each is called once before the clock starts: compilation, autotuning and caches are not timed.
     Results are waited for (a program on another framework has to wait for its own).
@@ -60,10 +62,12 @@ def interleave(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[
     for program in programs.values():
         jax.block_until_ready(program())
     seconds: dict[str, list[float]] = {name: [] for name in programs}
+    order = random.Random(0)
     gc.disable()
     try:
         for _ in range(repeats):
-            for name, program in programs.items():
+            for name in order.sample([*programs], len(programs)):
+                program = programs[name]
                 time.sleep(REST_SECONDS)
                 start = time.perf_counter()
                 jax.block_until_ready(program())
