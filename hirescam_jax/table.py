@@ -45,7 +45,10 @@ KINDS = ("models", "labels", "organs", "lesions", "masks", "differences", "diffe
 SUFFIXES = ("csv", "md", "tex")
 # What holds for measures against lesions too.
 LESION_NOTES = (IN_SAMPLE, OTHER_VOLUMES, OTHER_PAIRS)
-POSITIVES = "positives: patients with the label, of whom intervals are; below two there are none."
+POSITIVES = (
+    "positives: patients with the label, of whom intervals are: none with fewer than five, and too "
+    "narrow with fewer than ten."
+)
 
 
 def read_evaluations(runs: Sequence[Path], file: str = EVALUATION) -> dict[str, Any]:
