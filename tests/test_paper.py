@@ -172,7 +172,9 @@ def test_all_experiments_and_their_tables(tmp_path: Path):
     assert {row["masks by"] for row in masks} == {"nearest", "area", "trilinear"}
     assert all(row["OrganIoU HiResCAM, dilated"] for row in masks)
     for row in rows:
-        assert 0 <= float(row["AUROC low"]) <= float(row["AUROC"]) <= float(row["AUROC high"]) <= 1
+        assert 0 <= float(row["AUROC"]) <= 1
+        # So few volumes have no label with positives enough for an interval.
+        assert row["AUROC low"] == row["AUROC high"] == ""
     # Finished runs are left alone.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/evaluation.json")}
     command[2:2] = ["--only", "masks_*"]
