@@ -25,6 +25,7 @@ from hirescam_jax.evaluate import (
     choose_thresholds,
     content_of,
     interval_text,
+    named_thresholds,
     predict,
 )
 from hirescam_jax.evaluate_checks import chosen_volumes, groups_of, maps_program
@@ -196,10 +197,7 @@ def _thresholds(run: Run, validation: Source) -> tuple[dict[str, Any], str]:
         if same_labels and evaluated["content"] == content_of(validation):
             return evaluated["thresholds"], "evaluation.json"
     best = choose_thresholds(predict(run, validation, f"validation split of {run.path.name}"))
-    found = {}
-    for method in EVALUATED:
-        numbers = [ORGAN_IOU_THRESHOLDS[i].item() if i >= 0 else None for i in best[method]]
-        found[method] = dict(zip(run.labels, numbers, strict=True))
+    found = {method: named_thresholds(run.labels, best[method]) for method in EVALUATED}
     return found, "validation split"
 
 

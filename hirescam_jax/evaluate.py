@@ -37,7 +37,7 @@ from hirescam_jax.metrics import (
 from hirescam_jax.progress import progress
 from hirescam_jax.sharding import DATA, DEPTH, Layout
 from hirescam_jax.step import open_layout
-from hirescam_jax.summary import Predictions, choose_thresholds, evaluate
+from hirescam_jax.summary import Predictions, choose_thresholds, evaluate, named_thresholds
 from hirescam_jax.summary_text import aligned, interval_text, table
 from hirescam_jax.values import Values
 
@@ -50,6 +50,7 @@ __all__ = [
     "evaluate_run",
     "explain_step",
     "interval_text",
+    "named_thresholds",
     "predict",
     "table",
 ]

@@ -85,13 +85,16 @@ def keeps_apart(program: Any) -> bool | None:
     False if something in it works along the examples, which need not reach a gradient; None if
     there is an operation of which that is not known.
     """
+    return _kept_apart(program.jaxpr, [Place(0)], program.in_avals[0].shape[0])
+
+
+def _kept_apart(jaxpr: Any, places: list[Place | None], count: int) -> bool | None:
     try:
-        places = _follow(program.jaxpr, [Place(0)], program.in_avals[0].shape[0])
+        return _follow(jaxpr, places, count) in ([None], [Place(0)])
     except _CrossedError:
         return False
     except _UnknownError:
         return None
-    return places in ([None], [Place(0)])
 
 
 def treats_alike(jaxpr: Any, examples: int, count: int) -> bool:
@@ -100,11 +103,8 @@ def treats_alike(jaxpr: Any, examples: int, count: int) -> bool:
 
     No other axis may be a multiple of `count`.
     """
-    try:
-        places = _follow(jaxpr, [Place(0)] * examples, count)
-    except (_CrossedError, _UnknownError):
-        return False
-    return places in ([None], [Place(0)]) and _others_alike(jaxpr, [True] * examples, count)
+    apart = _kept_apart(jaxpr, [Place(0)] * examples, count)
+    return bool(apart) and _others_alike(jaxpr, [True] * examples, count)
 
 
 def _others_alike(jaxpr: Any, followed: list[bool], count: int) -> bool:
@@ -124,8 +124,7 @@ def _others_alike(jaxpr: Any, followed: list[bool], count: int) -> bool:
     for equation in jaxpr.eqns:
         name, inputs = equation.primitive.name, [id(v) in known for v in equation.invars]
         if name in CALLS:
-            called = _called(equation.params)
-            if not _others_alike(getattr(called, "jaxpr", called), inputs, count):
+            if not _others_alike(_called(equation.params), inputs, count):
                 return False
         elif not any(inputs) and may_differ(equation):
             return False
@@ -135,7 +134,9 @@ def _others_alike(jaxpr: Any, followed: list[bool], count: int) -> bool:
 
 
 def _called(params: Any) -> Any:
-    return params.get("call_jaxpr", params.get("jaxpr", params.get("fun_jaxpr")))
+    """The program that one of `CALLS` runs."""
+    called = params.get("call_jaxpr", params.get("jaxpr", params.get("fun_jaxpr")))
+    return getattr(called, "jaxpr", called)
 
 
 def _follow(jaxpr: Any, places: list[Place | None], count: int) -> list[Place | None]:
@@ -152,8 +153,7 @@ def _follow(jaxpr: Any, places: list[Place | None], count: int) -> list[Place | 
 def _after(equation: Any, places: list[Place | None], count: int) -> list[Place | None]:
     name, params = equation.primitive.name, equation.params
     if name in CALLS:
-        called = _called(params)
-        return _follow(getattr(called, "jaxpr", called), places, count)
+        return _follow(_called(params), places, count)
     if name == "cond" and places[0] is None:
         first, *rest = [_follow(b.jaxpr, places[1:], count) for b in params["branches"]]
         if all(branch == first for branch in rest):

@@ -247,6 +247,11 @@ def as_interval(value: float, low: float, high: float) -> dict[str, float | None
     return {"value": null(value), "low": null(low), "high": null(high)}
 
 
+def within_unit(interval: dict[str, float | None]) -> dict[str, float | None]:
+    """With the figures outside [0, 1] moved to its ends."""
+    return {end: None if v is None else min(max(v, 0.0), 1.0) for end, v in interval.items()}
+
+
 def null(value: float) -> float | None:
     """For JSON, which has no NaN."""
     return None if np.isnan(value) else float(value)

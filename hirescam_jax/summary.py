@@ -27,6 +27,7 @@ from hirescam_jax.resampling import (
     null,
     resampled_means,
     resampled_ranks,
+    within_unit,
 )
 
 BINS = 10  # of equal width, for the calibration
@@ -70,6 +71,15 @@ def choose_thresholds(validation: Predictions) -> dict[str, np.ndarray]:
     return {name: _best(iou_NKT) for name, iou_NKT in validation.organ_iou.items()}
 
 
+def named_thresholds(labels: Sequence[str], chosen: np.ndarray) -> dict[str, float | None]:
+    """{label: threshold} of indices as `choose_thresholds` gives them; None for -1."""
+    numbers = ORGAN_IOU_THRESHOLDS[chosen].tolist()
+    return {
+        label: number if index >= 0 else None
+        for label, number, index in zip(labels, numbers, chosen, strict=True)
+    }
+
+
 def _best(scores_NKT: np.ndarray) -> np.ndarray:
     return np.nan_to_num(best_threshold(scores_NKT), nan=-1).astype(int)
 
@@ -80,11 +90,7 @@ def at_thresholds(labels: Sequence[str], validation: Predictions, test: Predicti
     found = Measured({}, {})
 
     def at_best(key: Any, chosen: np.ndarray, on_test: np.ndarray) -> np.ndarray:
-        numbers = ORGAN_IOU_THRESHOLDS[chosen].tolist()
-        found.thresholds[key] = {
-            label: number if index >= 0 else None
-            for label, number, index in zip(labels, numbers, chosen, strict=True)
-        }
+        found.thresholds[key] = named_thresholds(labels, chosen)
         values = np.take_along_axis(on_test, np.maximum(chosen, 0)[None, :, None], axis=2)[..., 0]
         return np.where(chosen >= 0, values, np.nan)
 
@@ -295,12 +301,8 @@ def _from_chance(
 def _cut(measure: dict[str, Any]) -> dict[str, Any]:
     """With all figures in [0, 1]: a debiased error can be a little below 0, and an interval that is
     moved for its bias can end outside."""
-
-    def cut(interval: dict[str, float | None]) -> dict[str, float | None]:
-        return {n: None if v is None else min(max(v, 0.0), 1.0) for n, v in interval.items()}
-
-    of_labels = {label: cut(interval) for label, interval in measure["labels"].items()}
-    return {**measure, "mean": cut(measure["mean"]), "labels": of_labels}
+    of_labels = {label: within_unit(interval) for label, interval in measure["labels"].items()}
+    return {**measure, "mean": within_unit(measure["mean"]), "labels": of_labels}
 
 
 def _check(labels: Sequence[str], validation: Predictions, test: Predictions) -> None:

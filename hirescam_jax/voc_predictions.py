@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from hirescam_jax.data.voc import VOID
-from hirescam_jax.resampling import draws, intervals, mean_of, resampled_ranks
+from hirescam_jax.resampling import draws, intervals, mean_of, resampled_ranks, within_unit
 
 RESAMPLES = 1000
 
@@ -30,6 +30,5 @@ def prediction_scores(
     found = {}
     for name, measure in zip(("auroc", "average_precision"), measures, strict=True):
         (interval,) = intervals(mean_of(measure, measure.in_mean))
-        ends = {n: None if v is None else min(max(v, 0.0), 1.0) for n, v in interval.items()}
-        found[name] = {**ends, "classes": int(measure.in_mean.sum())}
+        found[name] = {**within_unit(interval), "classes": int(measure.in_mean.sum())}
     return found
