@@ -20,10 +20,10 @@ import jax
 from common import machine_line
 
 from hirescam_jax.config import Config
-from hirescam_jax.costs import Collective, StepCost, step_cost
 from hirescam_jax.models import AxialNet, Conv3DNet
-from hirescam_jax.step import open_layout
-from hirescam_jax.watch import PEAK_FLOPS
+from hirescam_jax.training.costs import Collective, StepCost, step_cost
+from hirescam_jax.training.step import open_layout
+from hirescam_jax.training.watch import PEAK_FLOPS
 
 SHAPE = (405, 420, 420)
 MODELS = {"axialnet": AxialNet(), "conv3d": Conv3DNet()}

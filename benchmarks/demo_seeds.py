@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 from common import machine
 
-from hirescam_jax.demo import demo, demo_config
+from hirescam_jax.experiments.demo import demo, demo_config
 
 
 @dataclasses.dataclass

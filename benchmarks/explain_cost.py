@@ -25,11 +25,11 @@ import numpy as np
 from common import cost, interleave, machine_line, measure_ceilings, memory, mib, ratio
 from common import write_results as write
 
-from hirescam_jax.cam import explain
 from hirescam_jax.compiling import compiler_options, reuse_memory
 from hirescam_jax.config import Config
+from hirescam_jax.explanations.cam import explain
 from hirescam_jax.models import AxialNet
-from hirescam_jax.step import feature_grid
+from hirescam_jax.training.step import feature_grid
 
 TARGET = 1.1
 

@@ -29,13 +29,14 @@ import numpy as np
 from common import Timing, interleave, machine_line, ratio, write_results
 from explain_cost import axialnet
 
-from hirescam_jax.checkpoint import Header, Run
 from hirescam_jax.config import Config
 from hirescam_jax.data.pipeline import eval_batches
-from hirescam_jax.data.store import Store, write_store
-from hirescam_jax.explain_store import explain_program, explain_store
-from hirescam_jax.map_store import MapWriter
-from hirescam_jax.step import open_layout
+from hirescam_jax.data.store.store import Store, write_store
+from hirescam_jax.inference.maps import explain_program
+from hirescam_jax.inference.store import explain_store
+from hirescam_jax.inference.zarr import MapWriter
+from hirescam_jax.runs.run import Header, Run
+from hirescam_jax.training.step import open_layout
 
 SPACING = (0.8, 0.8, 0.8)
 

@@ -57,8 +57,8 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     from common import Timing, interleave, machine_line, ratio, write_results
 
     from hirescam_jax.data.pipeline import make_batch, train_batches
-    from hirescam_jax.data.store import Store
-    from hirescam_jax.sharding import Share
+    from hirescam_jax.data.store.store import Store
+    from hirescam_jax.devices.mesh import Share
 
     cores = len(os.sched_getaffinity(0))
     shape = tuple(args.shape)
@@ -153,9 +153,9 @@ def run(args: argparse.Namespace, folder: Path) -> None:
 
 def prepare(ct: Path, folder: Path, count: int, shape: tuple[int, ...]) -> tuple[Path, float]:
     """A store of `count` copies of a CT with its organ regions; seconds a volume."""
-    from hirescam_jax.data.prepare import prepare as prepare_store
+    from hirescam_jax.data.organs.sources import AutoRegions
+    from hirescam_jax.data.prepare.prepare import prepare as prepare_store
     from hirescam_jax.data.readers import NiftiFolder
-    from hirescam_jax.data.region_sources import AutoRegions
 
     raw = folder / "raw"
     raw.mkdir()

@@ -29,7 +29,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from hirescam_jax.cam import gradcam, hirescam
+from hirescam_jax.explanations.cam import gradcam, hirescam
 
 OUT = Path(__file__).parent / "results" / "gallery.png"
 FIRST, SECOND = (slice(0, 3), slice(0, 3)), (slice(3, 6), slice(3, 6))  # quadrants

@@ -23,16 +23,16 @@ import numpy as np
 from common import interleave, machine_line, ratio, write_results
 from explain_cost import axialnet
 
-from hirescam_jax.attribution import (
+from hirescam_jax.compiling import compiler_options, reuse_memory
+from hirescam_jax.explanations.cam import METHODS
+from hirescam_jax.explanations.family import guided_attention, scorecam
+from hirescam_jax.explanations.inputs import (
     gradient_x_input,
     input_gradient,
     integrated_gradients,
     occlusion,
     smoothgrad,
 )
-from hirescam_jax.cam import METHODS
-from hirescam_jax.cam_family import guided_attention, scorecam
-from hirescam_jax.compiling import compiler_options, reuse_memory
 
 
 def methods_of(model: Any, shape: tuple[int, ...]) -> dict[str, Callable[[Any, jax.Array], Any]]:

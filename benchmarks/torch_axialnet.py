@@ -11,9 +11,8 @@ import torch  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
-from hirescam_jax.config import SGD, Config
+from hirescam_jax.config import SGD, Config, Preprocess
 from hirescam_jax.models import AxialNet
-from hirescam_jax.preprocess import Preprocess
 
 
 class Block(nn.Module):
@@ -155,13 +154,13 @@ class TorchRun:
 
 
 def normalize(settings: Preprocess, volume: Tensor) -> Tensor:
-    """`hirescam_jax.preprocess.Preprocess.normalize`."""
+    """`hirescam_jax.config.Preprocess.normalize`."""
     volume = volume.float().clamp(settings.hu_min, settings.hu_max)
     return (volume - settings.hu_min) / (settings.hu_max - settings.hu_min) - settings.mean
 
 
 def flip_and_rotate(settings: Preprocess, volume: Tensor) -> Tensor:
-    """The flips and rotations of `hirescam_jax.preprocess.augment`, drawn on the host."""
+    """The flips and rotations of `hirescam_jax.training.augment`, drawn on the host."""
     moved = []
     for one in volume:
         if torch.rand(()) < settings.flip:

@@ -25,11 +25,12 @@ from common import Timing, interleave, machine_line, memory, mib, ratio, write_r
 from explain_cost import axialnet
 
 from hirescam_jax.compiling import compiler_options, reuse_memory
-from hirescam_jax.config import Config, PhantomData
-from hirescam_jax.data.phantom import LABELS
-from hirescam_jax.demo import demo_config
-from hirescam_jax.sharding import replicated
-from hirescam_jax.step import (
+from hirescam_jax.config import Config
+from hirescam_jax.data.phantom.findings import LABELS
+from hirescam_jax.data.specs import PhantomData
+from hirescam_jax.devices.mesh import replicated
+from hirescam_jax.experiments.demo import demo_config
+from hirescam_jax.training.step import (
     compile_train_step,
     feature_grid,
     init_state,

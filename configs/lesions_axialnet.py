@@ -7,9 +7,9 @@ consolidations, and where they are; nodules and calcifications are too small for
 hirescam_jax/data/README.md has the figures and the commands that make the data.
 """
 
-from hirescam_jax.config import Adam, Config, StoreData
+from hirescam_jax.config import Adam, Config, Preprocess
+from hirescam_jax.data.specs import StoreData
 from hirescam_jax.models import AxialNet
-from hirescam_jax.preprocess import Preprocess
 
 config = Config(
     model=AxialNet(

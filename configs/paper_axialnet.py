@@ -7,9 +7,9 @@ after 15 without a lower validation loss. The store must hold volumes of that si
 accelerator: one step is about 5 TFLOP.
 """
 
-from hirescam_jax.config import SGD, Config, StoreData
+from hirescam_jax.config import SGD, Config, Preprocess
+from hirescam_jax.data.specs import StoreData
 from hirescam_jax.models import AxialNet
-from hirescam_jax.preprocess import Preprocess
 
 config = Config(
     model=AxialNet(dtype="bfloat16"),

@@ -6,6 +6,6 @@ About a minute and a half on two CPU cores. Expect a test AUROC of about 0.78 an
 about 0.5 (`hirescam evaluate runs/phantom`); with --mask-weight 0 the OrganIoU falls to about 0.3.
 """
 
-from hirescam_jax.demo import demo_config
+from hirescam_jax.experiments.demo import demo_config
 
 config = demo_config()

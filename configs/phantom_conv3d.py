@@ -6,8 +6,9 @@ Its head is not affine, so its HiResCAM maps carry no guarantee; `hirescam expla
 they leave unexplained.
 """
 
-from hirescam_jax.config import Adam, Config, PhantomData
-from hirescam_jax.data.phantom import PhantomConfig
+from hirescam_jax.config import Adam, Config
+from hirescam_jax.data.phantom.phantom import PhantomConfig
+from hirescam_jax.data.specs import PhantomData
 from hirescam_jax.models import Conv3DNet
 
 config = Config(

@@ -4,15 +4,8 @@ from hirescam_jax import hirescam
 maps = hirescam(head, features)     # [B, K, *grid], signed, all labels at once
 """
 
-from hirescam_jax.attribution import (
-    gradient_x_input,
-    input_gradient,
-    integrated_gradients,
-    occlusion,
-    smoothgrad,
-)
-from hirescam_jax.cam import Explanation, explain, gradcam, hirescam, normalize_map
-from hirescam_jax.cam_family import (
+from hirescam_jax.explanations.cam import Explanation, explain, gradcam, hirescam, normalize_map
+from hirescam_jax.explanations.family import (
     ablationcam,
     class_activation_map,
     eigencam,
@@ -22,6 +15,14 @@ from hirescam_jax.cam_family import (
     scorecam,
     xgradcam,
 )
+from hirescam_jax.explanations.inputs import (
+    gradient_x_input,
+    input_gradient,
+    integrated_gradients,
+    occlusion,
+    smoothgrad,
+)
+from hirescam_jax.explanations.verdict import HeadVerdict, head_verdict
 from hirescam_jax.losses import allowed_of, classification_loss, labels_of, mask_loss
 from hirescam_jax.metrics import ORGAN_IOU_THRESHOLDS, organ_iou
 from hirescam_jax.models import (
@@ -34,8 +35,7 @@ from hirescam_jax.models import (
     MobileNetV2,
     ResNetClassifier,
 )
-from hirescam_jax.verdict import HeadVerdict, head_verdict
-from hirescam_jax.weights import from_torch, read_weights, to_torch, write_weights
+from hirescam_jax.weights.pytorch import from_torch, read_weights, to_torch, write_weights
 
 __all__ = [
     "ORGAN_IOU_THRESHOLDS",

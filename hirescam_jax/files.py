@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hirescam_jax.errors import UserError
@@ -26,3 +28,42 @@ def atomic_file(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose waiting work is dropped when something fails."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `folder`, which takes its place if all goes well."""
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    earlier = folder.with_name(f"{temporary.name}-earlier")
+    new_parent = not folder.parent.exists()
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():  # the outputs of an earlier call, see _output_folders
+            folder.rename(earlier)
+        temporary.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}): free some space, or choose "
+            "another output folder"
+        ) from error
+    except UserError as error:
+        raise UserError(str(error).replace(str(temporary), str(folder))) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if earlier.exists() and not folder.exists():
+            earlier.rename(folder)
+        shutil.rmtree(earlier, ignore_errors=True)
+        if new_parent:
+            with contextlib.suppress(OSError):  # it is not empty: all went well
+                folder.parent.rmdir()

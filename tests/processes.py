@@ -35,7 +35,7 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
         **{name: value for name, value in kept.items() if "_proxy" not in name.lower()},
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         **more,
     }
@@ -50,7 +50,7 @@ class Group:
         each: arguments of single processes, by number, after the common ones.
         only: start these numbers only.
         cache: compiled programs are kept here, which makes a second group faster.
-        options: more options of the start, as `hirescam_jax.distributed` takes them.
+        options: more options of the start, as `hirescam_jax.devices.processes` takes them.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ def run(count: int, arguments: Sequence[object], timeout: float = 120, **options
 
 def start_from_arguments() -> list[str]:
     """For a script of a `Group`: joins the others; returns the script's own arguments."""
-    from hirescam_jax import distributed
+    from hirescam_jax.devices import processes as distributed
 
     launch, rest = distributed.parse_launch(sys.argv[1:])
     distributed.start(launch, preemptible=True)

@@ -6,7 +6,7 @@ Starts from torchvision's resnet18-f37072fd.pth and reads the store `prepared` (
 --data.path). About 5 TFLOP a step; `--reduced` makes it a minute on phantom CTs.
 """
 
+from hirescam_jax.experiments.papers import small_set
 from hirescam_jax.models import AxialNet
-from hirescam_jax.paper import small_set
 
 config = small_set(AxialNet(conv_widths=(), dtype="bfloat16"))

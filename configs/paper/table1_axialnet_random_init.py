@@ -5,7 +5,7 @@
 About 5 TFLOP a step; `--reduced` makes it a minute on phantom CTs.
 """
 
+from hirescam_jax.experiments.papers import small_set
 from hirescam_jax.models import AxialNet
-from hirescam_jax.paper import small_set
 
 config = small_set(AxialNet(dtype="bfloat16"), weights="")

@@ -7,7 +7,7 @@ Starts from torchvision's resnet18-f37072fd.pth and reads the store `prepared` (
 Its head is not affine: its maps have no guarantee.
 """
 
+from hirescam_jax.experiments.papers import small_set
 from hirescam_jax.models import BodyConv
-from hirescam_jax.paper import small_set
 
 config = small_set(BodyConv(dtype="bfloat16"))

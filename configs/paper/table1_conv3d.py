@@ -5,7 +5,7 @@
 `--reduced` makes it a minute on phantom CTs. Its head is not affine: its maps have no guarantee.
 """
 
+from hirescam_jax.experiments.papers import small_set
 from hirescam_jax.models import Conv3DNet
-from hirescam_jax.paper import small_set
 
 config = small_set(Conv3DNet(dtype="bfloat16"), weights="")

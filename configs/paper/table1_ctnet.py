@@ -7,7 +7,7 @@ Starts from torchvision's resnet18-f37072fd.pth and reads the store `prepared` (
 Its feature map has no axis of slices, so no mask loss and no maps in the body.
 """
 
+from hirescam_jax.experiments.papers import small_set
 from hirescam_jax.models import CTNet
-from hirescam_jax.paper import small_set
 
 config = small_set(CTNet(dtype="bfloat16"))

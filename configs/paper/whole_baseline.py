@@ -6,7 +6,7 @@ Starts from torchvision's resnet18-f37072fd.pth and reads the store `prepared` (
 --data.path). About 5 TFLOP a step; `--reduced` makes it a minute on phantom CTs.
 """
 
+from hirescam_jax.experiments.papers import whole_set
 from hirescam_jax.models import AxialNet
-from hirescam_jax.paper import whole_set
 
 config = whole_set(AxialNet(dtype="bfloat16"), mask_weight=0.0)

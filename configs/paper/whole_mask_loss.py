@@ -8,7 +8,7 @@ The store must hold volumes of 405 x 420 x 420 voxels. SGD with momentum 0.99, b
 epochs, early stop after 15 without a lower validation loss.
 """
 
+from hirescam_jax.experiments.papers import whole_set
 from hirescam_jax.models import AxialNet
-from hirescam_jax.paper import whole_set
 
 config = whole_set(AxialNet(dtype="bfloat16"), mask_weight=1 / 3)

@@ -11,11 +11,11 @@ import grain
 import numpy as np
 from grain.multiprocessing import SharedMemoryArray
 
-from hirescam_jax.config import PhantomData, StoreData, nearest
-from hirescam_jax.data.phantom import Phantom
-from hirescam_jax.data.store import Store
-from hirescam_jax.errors import UserError
-from hirescam_jax.sharding import Share
+from hirescam_jax.data.phantom.phantom import Phantom
+from hirescam_jax.data.specs import PhantomData, StoreData
+from hirescam_jax.data.store.store import Store
+from hirescam_jax.devices.mesh import Share
+from hirescam_jax.errors import UserError, nearest
 
 # Stands for "without end": Grain cannot cut its own endless repetition into batches of one.
 EPOCHS = 1_000_000
@@ -273,3 +273,15 @@ def _parse_absl_flags() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["hirescam"], known_only=True)
+
+
+def chosen_volumes(source: Source, count: int) -> np.ndarray:
+    """Numbers of `count` volumes of a split, a random choice that a larger count adds to."""
+    return np.sort(np.random.default_rng(0).permutation(len(source))[:count])
+
+
+def groups_of(source: Source) -> np.ndarray:
+    """The patient of each volume, for `bootstrap`; its own number where a data set has one volume a
+    patient."""
+    patients = patients_of(source)
+    return np.arange(len(source)) if patients is None else np.array(patients)

@@ -81,3 +81,18 @@ def random_maps(
         rng = np.random.default_rng((seed, int(index[b]), int(labels[b, k])))
         maps[b, k] = rng.random(grid, np.float32)
     return maps
+
+
+BASELINES = ("organ_prior", "centre_blob", "random")
+
+
+def baseline_maps(
+    prior: np.ndarray, index: np.ndarray, labels: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Maps that no model made, like `prior` [B, L, d, h, w], of volumes with these numbers [B] in
+    their split and of labels [B, L]."""
+    return {
+        "organ_prior": prior.astype(np.float32),
+        "centre_blob": centre_blob(prior.shape),
+        "random": random_maps(prior.shape, index=index, labels=labels),
+    }

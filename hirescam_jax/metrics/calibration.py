@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import norm
 
-from hirescam_jax.metrics.intervals import bootstrap
+from hirescam_jax.metrics.bootstrap import bootstrap
 from hirescam_jax.metrics.predictions import known_labels
 
 

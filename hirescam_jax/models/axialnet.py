@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hirescam_jax import sharding
+from hirescam_jax.devices import mesh as sharding
+from hirescam_jax.devices.mesh import DEPTH
 from hirescam_jax.models.heads import DepthDense
 from hirescam_jax.models.layers import ResNet, conv, wide
-from hirescam_jax.sharding import DEPTH
 
 
 class AxialNet(nn.Module):

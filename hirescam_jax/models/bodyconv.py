@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from hirescam_jax import sharding
+from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.models.axialnet import stack_slices
 from hirescam_jax.models.heads import DepthDense, Dropout
 from hirescam_jax.models.layers import Conv3D, ResNet, wide

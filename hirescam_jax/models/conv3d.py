@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hirescam_jax import sharding
+from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.models.heads import DepthDense, Dropout
 from hirescam_jax.models.layers import Conv3D, wide
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from hirescam_jax import sharding
-from hirescam_jax.sharding import DATA, DEPTH
+from hirescam_jax.devices import mesh as sharding
+from hirescam_jax.devices.mesh import DATA, DEPTH
 
 
 class DepthDense(nn.Module):

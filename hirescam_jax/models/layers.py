@@ -11,13 +11,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from hirescam_jax import sharding
-from hirescam_jax.models.cpu_conv import (
-    conv2d_input_gradient,
-    conv2d_kernel_gradient,
-    conv2d_small,
-)
-from hirescam_jax.sharding import DATA, DEPTH
+from hirescam_jax.devices import mesh as sharding
+from hirescam_jax.devices.mesh import DATA, DEPTH
+from hirescam_jax.models.cpu_conv import conv2d_input_gradient, conv2d_kernel_gradient, conv2d_small
 
 # He et al. 2015, fan-out: what torchvision initialises ResNet with.
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")

@@ -11,13 +11,7 @@ import numpy as np
 
 from hirescam_jax.data.readers.tables import Table, pair, read_table
 from hirescam_jax.data.study import ANYWHERE, Reject, Study
-from hirescam_jax.data.volume import (
-    SPACING_RANGE_MM,
-    Volume,
-    check_hounsfield,
-    read_ct,
-    read_nifti,
-)
+from hirescam_jax.data.volume import SPACING_RANGE_MM, Volume, check_hounsfield, read_ct, read_nifti
 from hirescam_jax.errors import UserError
 
 _LUNGS = ("right_lung", "left_lung")

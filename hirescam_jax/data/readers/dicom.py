@@ -9,12 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from hirescam_jax.data.readers.dicom_series import (
-    import_pydicom,
-    is_dicom,
-    read_dicom_series,
-    tag,
-)
+from hirescam_jax.data.readers.dicom_series import import_pydicom, is_dicom, read_dicom_series, tag
 from hirescam_jax.data.readers.findings import read_findings, studies_of
 from hirescam_jax.data.readers.tables import list_files
 from hirescam_jax.data.study import ANYWHERE, Reject, Study

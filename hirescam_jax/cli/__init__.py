@@ -1,0 +1,8 @@
+"""The `hirescam` command: it reads options and starts things, nothing else.
+
+main.py      the commands and how each ends; read this first
+training.py  demo, train, convert
+results.py   evaluate, explain, localize, table, compare, voc
+data.py      phantom, prepare, inspect, lesions
+options.py   what they share
+"""

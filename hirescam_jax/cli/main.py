@@ -1,0 +1,141 @@
+"""The `hirescam` command. Each subcommand is one function here; it only starts things."""
+
+import contextlib
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+import tyro
+
+from hirescam_jax.cli.data import inspect, lesions, phantom, prepare
+from hirescam_jax.cli.options import PROGRAM
+from hirescam_jax.cli.results import compare, evaluate, explain, localize, table, voc
+from hirescam_jax.cli.training import convert, demo, train
+from hirescam_jax.errors import Preempted, StartError, UserError
+
+COMMANDS = {
+    "compare": compare,
+    "demo": demo,
+    "evaluate": evaluate,
+    "explain": explain,
+    "inspect": inspect,
+    "lesions": lesions,
+    "localize": localize,
+    "phantom": phantom,
+    "prepare": prepare,
+    "table": table,
+    "voc": voc,
+}
+USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
+
+  demo       train on phantom CTs without and with the mask loss, and compare (4 minutes)
+  prepare    turn CT volumes and labels into a store for training
+  inspect    summarise a store
+  train      train a model from a config
+  evaluate   measure a run: predictions, calibration, maps against organs and lesions
+  compare    how alike the maps of two runs are: other seeds, permuted labels
+  explain    explain CT volumes (NIfTI), or a store, with a run
+  convert    PyTorch weights to a run folder or to Flax variables, and back
+  phantom    write phantom CTs as NIfTI
+  lesions    write copies of real CTs with synthetic lesions, to check a pipeline
+  localize   compare written maps with masks of lesions
+  table      turn evaluations of several runs into tables (CSV, Markdown, LaTeX)
+  voc        Grad-CAM against HiResCAM on PASCAL VOC 2012's class masks
+
+{PROGRAM} COMMAND --help tells the options of one.
+
+train, evaluate and explain run on several processes too, which find each other under SLURM, in
+Kubernetes and on TPU pods; elsewhere each of N is given
+  --coordinator HOST:PORT --num-processes N --process-id I
+  --start-timeout SECONDS      wait for the others at start (default 300)
+  --heartbeat-timeout SECONDS  one that is silent for so long counts as dead (default 100)"""
+
+# Those whose options are the fields of a config file.
+OWN_ARGUMENTS = {"train": train, "convert": convert}
+# Those that run on several processes.
+DISTRIBUTED = ("train", "evaluate", "explain")
+COMPUTING = (*DISTRIBUTED, "demo", "voc")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 done but for some volumes, ended with another process or
+    without the others' start, 2 bad input (one line says what), 75 stopped by a signal and saved:
+    run again with --resume, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    _quiet()
+    try:
+        _run(arguments)
+    except UserError as error:
+        _end(str(error), 1 if isinstance(error, StartError) else 2)
+    except Preempted as error:
+        from hirescam_jax.devices import preemption
+
+        preemption.ignore()
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        sys.exit(preemption.STOPPED)
+    except KeyboardInterrupt:
+        _end("interrupted", 128 + signal.SIGINT)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _end(f"{where}{error.strerror or error}", 2)
+    except Exception as error:
+        import jax
+
+        from hirescam_jax.devices import processes as distributed
+
+        if not distributed.peer_lost(error):
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()  # a normal end would wait for those that wait for this process
+            distributed.leave(1)
+        line = " ".join(str(error).split())
+        _end(f"another process has ended, see its output ({line[:200]}): continue with --resume", 1)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    from hirescam_jax.compiling import reuse_memory
+    from hirescam_jax.devices import preemption
+    from hirescam_jax.devices import processes as distributed
+
+    launch, rest = distributed.parse_launch(arguments)
+    name, rest = (rest[0], rest[1:]) if rest else ("", [])
+    if name not in DISTRIBUTED and launch.coordinator is not None:
+        raise UserError(f"--coordinator: '{name}' runs in one process")
+    with preemption.before_training() if name == "train" else contextlib.nullcontext():
+        if name in COMPUTING and not {"-h", "--help"} & set(rest):
+            if name in DISTRIBUTED:
+                distributed.start(launch, preemptible=name == "train")
+            reuse_memory()
+        _call(name, rest)
+
+
+def _call(name: str, rest: Sequence[str]) -> None:
+    if name in OWN_ARGUMENTS:
+        OWN_ARGUMENTS[name](rest)
+    elif name in COMMANDS:
+        tyro.cli(COMMANDS[name], prog=f"{PROGRAM} {name}", args=list(rest))
+    else:
+        from hirescam_jax.errors import nearest
+
+        raise UserError(f"no command '{name}'{nearest(name, [*COMMANDS, *OWN_ARGUMENTS])}")
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    from hirescam_jax.devices import processes as distributed
+
+    distributed.leave(code)
+
+
+def _quiet() -> None:
+    """Other libraries' chatter is not for the user of a command."""
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)  # what Orbax logs in full it raises too
+    warnings.filterwarnings("ignore")

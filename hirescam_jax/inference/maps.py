@@ -1,0 +1,140 @@
+"""The programs that explain batches of a run's volumes."""
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from hirescam_jax.compiling import compiler_options
+from hirescam_jax.config import Config
+from hirescam_jax.devices import mesh as sharding
+from hirescam_jax.devices.mesh import DATA, DEPTH, Layout
+from hirescam_jax.errors import UserError
+from hirescam_jax.explanations.cam import EVALUATED, METHODS, OVER_GRID, model_verdict
+from hirescam_jax.explanations.verdict import HeadVerdict
+from hirescam_jax.runs.run import Run
+
+
+def explain_program(
+    config: Config, layout: Layout, method: str, labels: Sequence[int] | None = None
+) -> Any:
+    """Variables and int16 volumes [B, D, H, W] -> logits [B, L] and maps [B, L, d, h, w], compiled.
+
+    A volume's whole maps lie where its first slices are: unlike volumes and features they are small
+    enough to be gathered over `depth`, and a file then is the same on every mesh."""
+
+    def program(variables: Any, volume: Array) -> tuple[Array, Array]:
+        logits, maps = explain_step(
+            variables, volume, config=config, layout=layout, methods=(method,), labels=labels
+        )
+        logits = logits if labels is None else logits[:, np.asarray(labels)]
+        return logits, maps[method].astype(jnp.float32)
+
+    split = NamedSharding(layout.mesh, PartitionSpec(DATA))
+    return jax.jit(program, out_shardings=split, compiler_options=compiler_options())
+
+
+def own_rows(*arrays: Array) -> Iterator[tuple[Any, ...]]:
+    """(row, value, ...) of each row that this process is to write, of arrays that are split over
+    their first axis in the same way; every row is one process's."""
+    for shards in zip(*(array.addressable_shards for array in arrays), strict=True):
+        if shards[0].replica_id == 0:
+            first = shards[0].index[0].start or 0
+            values = [np.asarray(shard.data) for shard in shards]
+            for row in range(len(values[0])):
+                yield first + row, *(value[row] for value in values)
+
+
+def explain_step(
+    variables: Any,
+    volume: Array,
+    *,
+    config: Config,
+    layout: Layout,
+    methods: Sequence[str] = EVALUATED,
+    labels: Sequence[int] | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """Logits [B, K] and raw signed maps [B, K, d, h, w] of int16 volumes [B, D, H, W] that lie on a
+    mesh; each device explains its own volumes and slices. With `labels`, maps of those only."""
+    model: Any = config.model
+
+    def part(variables: Any, volume: Array) -> tuple[Array, dict[str, Array]]:
+        volume, cells = config.preprocess.normalize(volume), layout.cells
+        features = model.apply(variables, volume, False, cells, method="features")
+
+        def head(features):
+            return model.apply(variables, features, False, cells, method="head")
+
+        maps = {}
+        for name in methods:
+            options = {}
+            if name in OVER_GRID and sharding.split_axes(DEPTH):
+                options = {"axis_name": DEPTH, "positions": math.prod(layout.grid)}
+            maps[name] = METHODS[name](head, features, labels, **options)
+        return head(features), maps
+
+    specs = (sharding.WHOLE, sharding.SPECS["volume"]), (PartitionSpec(DATA), sharding.MAPS)
+    logits, maps = sharding.split(part, layout.mesh, *specs)(variables, volume)
+    return logits, {name: map_BKdhw[:, :, : layout.cells] for name, map_BKdhw in maps.items()}
+
+
+def head_bias(run: Run) -> Float[np.ndarray, " K"]:
+    """The head's output on all-zero features, from which completeness residuals are counted."""
+
+    @jax.jit
+    def program(variables: Any) -> Array:
+        volume = jax.ShapeDtypeStruct((1, *run.shape), jnp.float32)
+        features = jax.eval_shape(partial(run.model.apply, method="features"), variables, volume)
+        zeros = jnp.zeros(features.shape, jnp.float32)
+        return run.model.apply(variables, zeros, method="head")[0]
+
+    return np.asarray(program(run.variables), np.float32)
+
+
+def maps_program(run: Run) -> Callable[[Any, Array], dict[str, Array]]:
+    """(variables, volumes [B, D, H, W]) -> raw maps [B, K, d, h, w] by method."""
+    model: Any = run.model
+
+    @partial(jax.jit, compiler_options=compiler_options())
+    def program(variables: Any, volumes: Array) -> dict[str, Array]:
+        features = model.apply(variables, volumes, method="features")
+        head = partial(model.apply, variables, method="head")
+        return {name: METHODS[name](head, features) for name in EVALUATED}
+
+    return program
+
+
+def verdict_of(run: Run, method: str) -> HeadVerdict:
+    """What the run's head guarantees.
+
+    Raises:
+        UserError: a head that mixes examples, or one for which the method is not defined.
+    """
+    try:
+        verdict = model_verdict(run.model, run.variables, (1, *run.shape))
+    except ValueError as error:
+        raise UserError(f"{run.path}: {error}") from error
+    if method == "cam" and verdict.kind != "equal":
+        raise UserError(
+            f"{run.path}: CAM needs a head of global pooling and one linear layer, which this "
+            "model does not have: use --method hirescam"
+        )
+    return verdict
+
+
+def label_indices(wanted: Sequence[str], labels: tuple[str, ...]) -> tuple[int, ...]:
+    for label in wanted:
+        if label not in labels:
+            near = difflib.get_close_matches(label, labels, 1, cutoff=0)[0]
+            raise UserError(
+                f"unknown label '{label}': did you mean '{near}'? The model knows: "
+                f"{', '.join(labels)}"
+            )
+    return tuple(dict.fromkeys(labels.index(label) for label in wanted))
