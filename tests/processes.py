@@ -140,8 +140,8 @@ def run(count: int, arguments: Sequence[object], timeout: float = 120, **options
 
 def start_from_arguments() -> list[str]:
     """For a script of a `Group`: joins the others; returns the script's own arguments."""
-    from hirescam_jax.devices import processes as distributed
+    from hirescam_jax.devices import processes, rendezvous
 
-    launch, rest = distributed.parse_launch(sys.argv[1:])
-    distributed.start(launch, preemptible=True)
+    launch, rest = rendezvous.parse_launch(sys.argv[1:])
+    processes.start(launch, preemptible=True)
     return rest

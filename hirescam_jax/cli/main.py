@@ -87,30 +87,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         import jax
 
-        from hirescam_jax.devices import processes as distributed
+        from hirescam_jax.devices import processes
 
-        if not distributed.peer_lost(error):
+        if not processes.peer_lost(error):
             if not jax.distributed.is_initialized():
                 raise
             traceback.print_exc()  # a normal end would wait for those that wait for this process
-            distributed.leave(1)
+            processes.leave(1)
         line = " ".join(str(error).split())
         _end(f"another process has ended, see its output ({line[:200]}): continue with --resume", 1)
 
 
 def _run(arguments: Sequence[str]) -> None:
     from hirescam_jax.compiling import reuse_memory
-    from hirescam_jax.devices import preemption
-    from hirescam_jax.devices import processes as distributed
+    from hirescam_jax.devices import preemption, processes, rendezvous
 
-    launch, rest = distributed.parse_launch(arguments)
+    launch, rest = rendezvous.parse_launch(arguments)
     name, rest = (rest[0], rest[1:]) if rest else ("", [])
     if name not in DISTRIBUTED and launch.coordinator is not None:
         raise UserError(f"--coordinator: '{name}' runs in one process")
     with preemption.before_training() if name == "train" else contextlib.nullcontext():
         if name in COMPUTING and not {"-h", "--help"} & set(rest):
             if name in DISTRIBUTED:
-                distributed.start(launch, preemptible=name == "train")
+                processes.start(launch, preemptible=name == "train")
             reuse_memory()
         _call(name, rest)
 
@@ -128,9 +127,9 @@ def _call(name: str, rest: Sequence[str]) -> None:
 
 def _end(message: str, code: int) -> NoReturn:
     print(f"{PROGRAM}: {message}", file=sys.stderr)
-    from hirescam_jax.devices import processes as distributed
+    from hirescam_jax.devices import processes
 
-    distributed.leave(code)
+    processes.leave(code)
 
 
 def _quiet() -> None:

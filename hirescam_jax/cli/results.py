@@ -40,7 +40,7 @@ def evaluate(
 
     from hirescam_jax.config import measured_alike
     from hirescam_jax.data.pipeline import digest_of
-    from hirescam_jax.devices import processes as distributed
+    from hirescam_jax.devices import processes
     from hirescam_jax.evaluation import checks as evaluate_checks
     from hirescam_jax.evaluation.evaluate import evaluate_run
     from hirescam_jax.evaluation.resume import Kept
@@ -61,7 +61,7 @@ def evaluate(
     facts = {**opened.header.facts(**{n: len(s) for n, s in splits.items()}), "format": "2"}
     facts["step"] = str(opened.step)
     facts["content of the splits"] = str(list(map(digest_of, splits.values())))
-    distributed.agree(facts)
+    processes.agree(facts)
     target = out or run / "evaluation.json"
     kept = Kept(target.with_name(f".{target.stem}_batches"), facts)
     values: dict[str, Values] = {}
@@ -82,7 +82,7 @@ def evaluate(
             print(picture)
         print(target)
 
-    distributed.on_first(write)
+    processes.on_first(write)
     kept.remove()
 
 

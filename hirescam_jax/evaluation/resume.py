@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
-from hirescam_jax.devices import processes as distributed
+from hirescam_jax.devices import processes
 from hirescam_jax.errors import UserError
 from hirescam_jax.files import atomic_file
 
@@ -39,7 +39,7 @@ class Kept:
             with atomic_file(file) as temporary:
                 temporary.write_text(self.facts)
 
-        distributed.on_first(prepare)
+        processes.on_first(prepare)
 
     def load(self, split: str) -> list[dict[str, Any]]:
         """The results of the first batches of a split, as far as there are any whole ones."""
@@ -50,7 +50,7 @@ class Kept:
                 number += 1
             return number
 
-        return [self._read(split, number) for number in range(distributed.on_first(count))]
+        return [self._read(split, number) for number in range(processes.on_first(count))]
 
     def save(self, split: str, number: int, result: dict[str, Any]) -> None:
         """Keeps a batch's result: arrays, also in dicts within, which may be empty."""
@@ -65,7 +65,7 @@ class Kept:
 
     def remove(self) -> None:
         """To be called when the whole is written elsewhere."""
-        distributed.on_first(lambda: shutil.rmtree(self.folder, ignore_errors=True))
+        processes.on_first(lambda: shutil.rmtree(self.folder, ignore_errors=True))
 
     def _file(self, split: str, number: int) -> Path:
         return self.folder / f"{split}_{number:06d}.npz"

@@ -18,7 +18,7 @@ from hirescam_jax.data.grid import feature_affine
 from hirescam_jax.data.pipeline import eval_batches
 from hirescam_jax.data.store.store import Store
 from hirescam_jax.devices import mesh as sharding
-from hirescam_jax.devices import processes as distributed
+from hirescam_jax.devices import processes
 from hirescam_jax.devices.mesh import Layout
 from hirescam_jax.errors import UserError
 from hirescam_jax.explanations.cam import Method
@@ -112,13 +112,13 @@ def explain_store(
     # Without its figures, whose last digits may differ from machine to machine.
     attributes["verdict"] = {"kind": verdict.kind, "text": verdict.text}
     attributes["guarantee"] = verdict.short(method)
-    distributed.agree(
+    processes.agree(
         {name: json.dumps(attributes[name]) for name in SAME}
         | {"format": format, "batch size": str(batch_size)}
     )
     kind = {"zarr": MapWriter, "nifti": NiftiWriter}[format]
     writer: Writer = kind(Path(out), attributes)
-    done = distributed.on_first(partial(_begin, writer, overwrite))
+    done = processes.on_first(partial(_begin, writer, overwrite))
     missing = len(done) - sum(done)
     if 0 < missing < len(done):
         say(f"{out}: {sum(done)} of {len(done)} volumes are done, continuing")
@@ -126,7 +126,7 @@ def explain_store(
     written = _explain(run, source, layout, chosen, method, writer, done) if missing else iter(())
     for _ in progress(written, "explain", "volume", missing):
         pass
-    distributed.on_first(lambda: None)  # all have written
+    processes.on_first(lambda: None)  # all have written
     seconds = time.monotonic() - start
     say(f"{missing} volumes in {seconds:.1f} s, {missing / max(seconds, 1e-9):.2f} volumes/s")
     return missing

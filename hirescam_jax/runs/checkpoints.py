@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jaxtyping import Array
 
-from hirescam_jax.devices import processes as distributed
+from hirescam_jax.devices import processes
 from hirescam_jax.errors import UserError
 from hirescam_jax.files import atomic_file
 from hirescam_jax.runs.integrity import (
@@ -67,7 +67,7 @@ class Saver:
             except OSError as error:
                 raise UserError(f"{run_dir}: cannot write the run ({error.strerror})") from error
 
-        distributed.on_first(prepare)
+        processes.on_first(prepare)
         self._check_shared()
         self.checkpointer: Any = None
         self.losses: dict[int, float] = {}  # of the validated checkpoints, by step
@@ -78,7 +78,7 @@ class Saver:
         path, deadline = self.run_dir / "run.json", time.monotonic() + SHARED_SECONDS
         while not (seen := path.exists()) and time.monotonic() < deadline:
             time.sleep(0.5)
-        if distributed.in_any(not seen):
+        if processes.in_any(not seen):
             where = "is not what process 0 has" if not seen else "is not seen by all processes"
             raise UserError(
                 f"{self.run_dir}: {where}: give a folder on a file system that all hosts share"
@@ -100,7 +100,7 @@ class Saver:
         """
         shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _parts(state))
         loaded = newest_whole(self.run_dir, shapes)
-        found = distributed.on_first(lambda: list(saved_losses(self.run_dir).items()))
+        found = processes.on_first(lambda: list(saved_losses(self.run_dir).items()))
         self.losses.update((step, loss) for step, loss in found if loss is not None)
         self.checkpointer = ocp.training.Checkpointer(
             str((self.run_dir / "checkpoints").absolute()),
@@ -133,7 +133,7 @@ class Saver:
         if losses is not None:
             self.wait()
             loss = float(losses["loss"])
-            distributed.on_first(partial(write_loss, self.run_dir, step, loss))
+            processes.on_first(partial(write_loss, self.run_dir, step, loss))
             self.losses[step] = loss
 
     def set_aside(self, step: int) -> None:
@@ -144,7 +144,7 @@ class Saver:
             aside = self.run_dir / f"diverged-{step}-{time.time_ns()}"
             step_folder(self.run_dir, step).rename(aside)
 
-        distributed.on_first(move)
+        processes.on_first(move)
 
     def wait(self) -> None:
         """Returns once everything is on disk, or raises its UserError."""
@@ -157,7 +157,7 @@ class Saver:
             with quiet_orbax():
                 yield
         except (OSError, ValueError) as error:  # TensorStore says ValueError for a full disk
-            if distributed.peer_lost(error):
+            if processes.peer_lost(error):
                 raise
             reason = "No space left on device" if "No space left" in str(error) else error
             raise UserError(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from hirescam_jax.devices import processes as distributed
+from hirescam_jax.devices import processes
 from hirescam_jax.errors import StartError, UserError
 from hirescam_jax.files import atomic_file
 from hirescam_jax.progress import say
@@ -89,14 +89,14 @@ def newest_whole(run_dir: Path, shapes: Any) -> Any:
         folders = (run_dir / "checkpoints").glob("*")
         return sorted((int(f.name) for f in folders if f.name.isdecimal()), reverse=True)
 
-    steps, loaded, damaged = distributed.on_first(saved_steps), None, {}
+    steps, loaded, damaged = processes.on_first(saved_steps), None, {}
     for step in steps:
         folder, error = step_folder(run_dir, step), ""
         try:
-            loaded = load_patiently(folder, shapes, distributed.in_any)
+            loaded = load_patiently(folder, shapes, processes.in_any)
         except DamagedError as caught:
             error = str(caught)
-        if not distributed.in_any(bool(error)):
+        if not processes.in_any(bool(error)):
             break
         damaged[step] = error or f"{folder}: damaged, as another process read it"
     if len(damaged) == len(steps) > 0:
@@ -110,7 +110,7 @@ def newest_whole(run_dir: Path, shapes: Any) -> Any:
             whole = steps[len(damaged)]
             say(f"warning: {error}; moved to {aside.name}, continuing from step {whole}")
 
-    distributed.on_first(move)
+    processes.on_first(move)
     return loaded
 
 

@@ -18,7 +18,7 @@ from hirescam_jax.data.pipeline import (
     train_batches,
 )
 from hirescam_jax.devices import mesh as sharding
-from hirescam_jax.devices import processes as distributed
+from hirescam_jax.devices import processes
 from hirescam_jax.devices.mesh import Layout
 from hirescam_jax.devices.preemption import Preemption
 from hirescam_jax.errors import Preempted, UserError
@@ -83,7 +83,7 @@ def train(
     # A run that is resumed has its own weights, and does without the file.
     start = {} if resume else start_of(config, layout.shape)
     facts = header.facts(training=len(training), validation=len(validation))
-    distributed.agree({**facts, "the content of config.weights": _digest(start)})
+    processes.agree({**facts, "the content of config.weights": _digest(start)})
     saver = Saver(run_dir, header, resume=resume)
 
     init = partial(init_state, config, optimizer, tuple(training.shape))

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from hirescam_jax.cli import main as cli
-from hirescam_jax.devices import processes as distributed
+from hirescam_jax.devices import processes, rendezvous
 from hirescam_jax.devices.rendezvous import Launch, parse_launch
 from hirescam_jax.errors import StartError, UserError
 from tests.devices.test_preemption import command
@@ -32,7 +32,7 @@ ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SL
     ],
 )
 def test_only_one_of_several_tasks_joins(variables, several):
-    assert distributed._in_cluster(variables) == several
+    assert processes._in_cluster(variables) == several
 
 
 def test_slurms_places(monkeypatch):
@@ -41,7 +41,7 @@ def test_slurms_places(monkeypatch):
     task |= {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
     for name, value in task.items():
         monkeypatch.setenv(name, value)
-    (coordinator, count, number), devices = distributed._detect(1)
+    (coordinator, count, number), devices = processes._detect(1)
     assert coordinator is not None
     assert coordinator.startswith("gpu07:")
     assert (count, number, devices) == (4, 3, [1])
@@ -51,8 +51,8 @@ def test_a_process_on_its_own_starts_nothing(monkeypatch):
     for name, value in ALLOCATION.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("jax.distributed.initialize", lambda *_, **__: pytest.fail("started"))
-    distributed.start(Launch())
-    distributed.start(Launch("localhost:1", 1, 0))
+    processes.start(Launch())
+    processes.start(Launch("localhost:1", 1, 0))
 
 
 # -- options --------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def meet_in_threads(count: int, numbers: list[int], timeout: float = 20) -> list
 
     def one(i: int) -> None:
         try:
-            distributed.meet(coordinator, count, numbers[i], timeout)
+            rendezvous.meet(coordinator, count, numbers[i], timeout)
         except UserError as error:
             said[i] = ("again: " if isinstance(error, StartError) else "") + str(error)
 
@@ -140,7 +140,7 @@ def test_a_number_given_twice():
 
 def test_strangers_at_the_port_are_ignored():
     port = free_port()
-    host = threading.Thread(target=distributed.meet, args=(f"localhost:{port}", 2, 0, 20))
+    host = threading.Thread(target=rendezvous.meet, args=(f"localhost:{port}", 2, 0, 20))
     host.start()
     for words in (b"GET / HTTP/1.1\r\n", b"hirescam 1 3\n", b"\xff\xfe\n"):
         for _ in range(100):
@@ -151,7 +151,7 @@ def test_strangers_at_the_port_are_ignored():
                 time.sleep(0.05)
         with stranger:
             stranger.sendall(words)
-    distributed.meet(f"localhost:{port}", 2, 1, 20)
+    rendezvous.meet(f"localhost:{port}", 2, 1, 20)
     host.join()
 
 
@@ -159,7 +159,7 @@ def test_port_in_use():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(UserError, match=rf"port {port} cannot be opened .*in use"):
-            distributed.meet(f"localhost:{port}", 2, 0, 5)
+            rendezvous.meet(f"localhost:{port}", 2, 0, 5)
 
 
 # -- agreeing, losing one -------------------------------------------------------------------------
@@ -171,10 +171,10 @@ from tests.processes import start_from_arguments
 import jax
 assert jax.process_count() == 3 and jax.device_count() == 6
 from hirescam_jax.cli import main as cli
-from hirescam_jax.devices import processes as distributed
+from hirescam_jax.devices import processes, rendezvous
 from hirescam_jax.errors import UserError
 try:
-    distributed.agree({"config.seed": "0", "config.epochs": value, "labels": value})
+    processes.agree({"config.seed": "0", "config.epochs": value, "labels": value})
 except UserError as error:
     cli._end(str(error), 2)
 print("agreed")
@@ -231,12 +231,12 @@ from tests.processes import start_from_arguments
 start_from_arguments()
 import jax
 from hirescam_jax.cli import main as cli
-from hirescam_jax.devices import processes as distributed
+from hirescam_jax.devices import processes, rendezvous
 def main(_):
-    distributed.on_first(lambda: 1)
+    processes.on_first(lambda: 1)
     print("ready", flush=True)
     while True:
-        distributed.on_first(lambda: 1)
+        processes.on_first(lambda: 1)
         time.sleep(0.05)
 cli._run = main
 cli.main(["train"])
@@ -318,7 +318,7 @@ def test_an_unexpected_error_in_a_training_ends_all(tmp_path):
 )
 def test_only_errors_that_tell_of_another_process_are_put_down_to_it(monkeypatch, text, lost):
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
-    assert distributed.peer_lost(RuntimeError(text)) is lost
+    assert processes.peer_lost(RuntimeError(text)) is lost
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from hirescam_jax.experiments.voc.maps import (
     pair_maps,
 )
 from hirescam_jax.experiments.voc.photos import CLASSES, PADDING, VOC, VOID
+from hirescam_jax.experiments.voc.training import BACKBONE
 from hirescam_jax.metrics import auroc, average_precision
 from hirescam_jax.models import MobileNetV2
 from hirescam_jax.weights.pytorch import from_torch, read_weights, to_torch, write_weights
@@ -509,8 +510,8 @@ def test_finetuning_trains_the_backbone_and_its_statistics(tree, weights, capsys
     model = TINY.clone(num_labels=len(CLASSES), classifier="flatten")
     after = voc.train_whole(model, start, source, epochs=6, batch_size=16, seed=0)
     for kind in ("params", "batch_stats"):
-        before = jax.tree.leaves(start[kind][voc.BACKBONE])
-        now = jax.tree.leaves(after[kind][voc.BACKBONE])
+        before = jax.tree.leaves(start[kind][BACKBONE])
+        now = jax.tree.leaves(after[kind][BACKBONE])
         assert all((a != b).any() for a, b in zip(before, now, strict=True))
     first, last = map(float, re.search(r"loss (\S+) -> (\S+)", capsys.readouterr().err).groups())
     assert last < 0.7 * first
