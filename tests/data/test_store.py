@@ -199,7 +199,7 @@ def test_shard_without_records(tmp_path):
 FULL = """
 import os, resource, sys
 from pathlib import Path
-from hirescam_jax.data.shard import write_shard
+from hirescam_jax.data.store.shards import write_shard
 from hirescam_jax.errors import UserError
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
@@ -397,7 +397,7 @@ WORKERS = """
 import sys, jax, numpy as np
 from itertools import islice
 from hirescam_jax.data.pipeline import eval_batches, train_batches
-from hirescam_jax.data.store import Store
+from hirescam_jax.data.store.store import Store
 from hirescam_jax.devices.mesh import Share
 
 source = Store(sys.argv[1], "train", (2, 3, 3))

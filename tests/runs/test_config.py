@@ -156,7 +156,7 @@ BAD_JSON = {
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from hirescam_jax.config import from_json, load_config
+from hirescam_jax.runs.config_files import from_json, load_config
 from hirescam_jax.errors import UserError
 
 results = {}
