@@ -4,6 +4,8 @@ from hirescam_jax import hirescam
 maps = hirescam(head, features)     # [B, K, *grid], signed, all labels at once
 """
 
+import sys
+
 from hirescam_jax.explanations.cam import Explanation, explain, gradcam, hirescam, normalize_map
 from hirescam_jax.explanations.family import (
     ablationcam,
@@ -35,7 +37,10 @@ from hirescam_jax.models import (
     MobileNetV2,
     ResNetClassifier,
 )
+from hirescam_jax.moved import MovedModules
 from hirescam_jax.weights.pytorch import from_torch, read_weights, to_torch, write_weights
+
+sys.meta_path.append(MovedModules())
 
 __all__ = [
     "ORGAN_IOU_THRESHOLDS",
