@@ -1,11 +1,13 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all; lists of names that are read."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from hirescam_jax.errors import UserError
 
@@ -28,6 +30,21 @@ def atomic_file(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_names(path: Path) -> dict[str, list[Any]]:
+    """A JSON file of names -> lists.
+
+    Raises:
+        UserError: another file, or none.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
+        raise UserError(f'{path}: give {{"name": ["...", "..."], ...}}')
+    return content
 
 
 @contextlib.contextmanager

@@ -5,4 +5,5 @@ training.py  demo, train, convert
 results.py   evaluate, explain, localize, table, compare, voc
 data.py      phantom, prepare, inspect, lesions
 options.py   what they share
+outline.py   the fields of a config for a help text, without importing JAX
 """

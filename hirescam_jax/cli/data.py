@@ -1,14 +1,12 @@
-"""The commands of `hirescam` that make and look at data; `hirescam_jax.cli` has the others."""
+"""hirescam phantom, prepare, inspect, lesions."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
-from hirescam_jax.cli.options import names_of, read_names
-from hirescam_jax.errors import UserError
+from hirescam_jax.cli.options import PROGRAM, names_of, part_of
 
 
 def phantom(
@@ -86,10 +84,10 @@ def prepare(
         tree: ct-rate: which of its trees.
         classes: medmnist: names of its classes.
     """
-    import inspect
-
+    from hirescam_jax.data.organs.sources import region_source
     from hirescam_jax.data.prepare.prepare import prepare as run_prepare
-    from hirescam_jax.data.readers import READERS
+    from hirescam_jax.data.readers import open_reader
+    from hirescam_jax.files import read_names
 
     options = {
         "table": table,
@@ -100,59 +98,27 @@ def prepare(
         "tree": tree,
         "classes": classes,
     }
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in given:
-        if name not in inspect.signature(READERS[kind]).parameters:
-            raise UserError(f"--{name.replace('_', '-')}: {kind} has no such option")
-    reader = READERS[kind](path, **given)
+    reader = open_reader(kind, path, **{n: v for n, v in options.items() if v is not None})
+    mapping = read_names(region_map) if region_map else None
     result = run_prepare(
         reader,
-        _region_source(reader.regions, regions, region_map, region_suffix),
+        region_source(reader.regions, regions, mapping, region_suffix),
         out,
         spacing_mm=spacing,
         shape=shape,
         split_seed=split_seed,
         split_fractions=split_fractions,
         shards=shards,
-        shard=_part(shard) if shard else None,
+        shard=part_of(shard) if shard else None,
         workers=workers,
         worker_gib=worker_gib,
         strict=strict,
         overwrite=overwrite,
     )
-    counts = ", ".join(f"{count} {split}" for split, count in result.counts.items())
-    print(f"{out}: {counts}; {result.fallbacks} of them with coarse organ masks")
-    if not result.whole:
-        print("other parts are still to be prepared; the last one makes the store whole")
+    print(result.text(out))
     if result.rejects:
-        first = result.rejects[0]
-        where = f"see {out / 'rejects.csv'}" if result.whole else f"{first.id}: {first.reason}"
-        print(f"hirescam: {len(result.rejects)} left out: {where}", file=sys.stderr)
+        print(f"{PROGRAM}: {result.left_out(out)}", file=sys.stderr)
         sys.exit(1)
-
-
-def _part(text: str) -> tuple[int, int]:
-    try:
-        number, count = map(int, text.split("/"))
-    except ValueError as error:
-        raise UserError(f"--shard {text}: give i/n, such as 0/8") from error
-    return number, count
-
-
-def _region_source(names: Sequence[str], regions: str, region_map: Path | None, suffix: str) -> Any:
-    """What gives the masks of the regions `names`."""
-    from hirescam_jax.data.organs import sources as sources
-
-    if regions == "auto":
-        if region_map or suffix:
-            raise UserError("--region-map and --region-suffix need --regions FOLDER")
-        return sources.AutoRegions(names)
-    if region_map is None:
-        return sources.TotalSegmentatorRegions(regions, suffix=suffix, regions=names)
-    mapping = read_names(region_map)
-    numbers = all(isinstance(item, int) for items in mapping.values() for item in items)
-    kind = sources.LabelMapRegions if numbers else sources.TotalSegmentatorRegions
-    return kind(regions, mapping, suffix, regions=names)
 
 
 def inspect(store: tyro.conf.Positional[Path], out: Path | None = None) -> None:

@@ -1,20 +1,26 @@
-"""The `hirescam` command. Each subcommand is one function here; it only starts things."""
+"""The `hirescam` command. Each subcommand is one function, which only starts things.
+
+Help and bad options are answered at once: functions import what they start when they are called,
+and JAX waits until the options are read.
+"""
 
 import contextlib
+import functools
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import tyro
 
 from hirescam_jax.cli.data import inspect, lesions, phantom, prepare
-from hirescam_jax.cli.options import PROGRAM
+from hirescam_jax.cli.options import PROGRAM, asks_for_help
 from hirescam_jax.cli.results import compare, evaluate, explain, localize, table, voc
 from hirescam_jax.cli.training import convert, demo, train
-from hirescam_jax.errors import Preempted, StartError, UserError
+from hirescam_jax.devices.rendezvous import Launch, parse_launch
+from hirescam_jax.errors import Preempted, StartError, UserError, nearest
 
 COMMANDS = {
     "compare": compare,
@@ -68,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
-    _quiet()
+    warnings.filterwarnings("ignore")  # other libraries' chatter is not for the user of a command
     try:
         _run(arguments)
     except UserError as error:
@@ -99,42 +105,58 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    from hirescam_jax.compiling import reuse_memory
-    from hirescam_jax.devices import preemption, processes, rendezvous
-
-    launch, rest = rendezvous.parse_launch(arguments)
+    launch, rest = parse_launch(arguments)
     name, rest = (rest[0], rest[1:]) if rest else ("", [])
+    if name not in COMMANDS and name not in OWN_ARGUMENTS:
+        raise UserError(f"no command '{name}'{nearest(name, [*COMMANDS, *OWN_ARGUMENTS])}")
     if name not in DISTRIBUTED and launch.coordinator is not None:
         raise UserError(f"--coordinator: '{name}' runs in one process")
-    with preemption.before_training() if name == "train" else contextlib.nullcontext():
-        if name in COMPUTING and not {"-h", "--help"} & set(rest):
-            if name in DISTRIBUTED:
-                processes.start(launch, preemptible=name == "train")
-            reuse_memory()
-        _call(name, rest)
-
-
-def _call(name: str, rest: Sequence[str]) -> None:
-    if name in OWN_ARGUMENTS:
+    if name in COMMANDS:
+        command = _after(functools.partial(_start, name, launch), COMMANDS[name])
+        tyro.cli(command, prog=f"{PROGRAM} {name}", args=list(rest))
+    elif asks_for_help(rest):
         OWN_ARGUMENTS[name](rest)
-    elif name in COMMANDS:
-        tyro.cli(COMMANDS[name], prog=f"{PROGRAM} {name}", args=list(rest))
-    else:
-        from hirescam_jax.errors import nearest
+    else:  # their options are known when the config file, which may use JAX, has been run
+        with _unsaved() if name == "train" else contextlib.nullcontext():
+            _start(name, launch)
+            OWN_ARGUMENTS[name](rest)
 
-        raise UserError(f"no command '{name}'{nearest(name, [*COMMANDS, *OWN_ARGUMENTS])}")
+
+def _after(start: Callable[[], None], command: Callable[..., None]) -> Callable[..., None]:
+    """A command of the same options that starts first."""
+
+    @functools.wraps(command)
+    def started(*args: Any, **kwargs: Any) -> None:
+        start()
+        command(*args, **kwargs)
+
+    return started
+
+
+def _start(name: str, launch: Launch) -> None:
+    """What comes before a command's own work."""
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)  # what Orbax logs in full it raises too
+    if name in COMPUTING:
+        from hirescam_jax.compiling import reuse_memory
+        from hirescam_jax.devices import processes
+
+        if name in DISTRIBUTED:
+            processes.start(launch, preemptible=name == "train")
+        reuse_memory()
+
+
+def _unsaved() -> contextlib.AbstractContextManager[None]:
+    from hirescam_jax.devices import preemption
+
+    return preemption.before_training()
 
 
 def _end(message: str, code: int) -> NoReturn:
     print(f"{PROGRAM}: {message}", file=sys.stderr)
+    if "jax" not in sys.modules:  # this process has met no other
+        sys.exit(code)
     from hirescam_jax.devices import processes
 
     processes.leave(code)
-
-
-def _quiet() -> None:
-    """Other libraries' chatter is not for the user of a command."""
-    from absl import logging
-
-    logging.set_verbosity(logging.FATAL)  # what Orbax logs in full it raises too
-    warnings.filterwarnings("ignore")

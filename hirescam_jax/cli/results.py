@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 import tyro
 
-from hirescam_jax.cli.options import names_of, read_names
+from hirescam_jax.cli.options import RunFolder, names_of
 from hirescam_jax.errors import UserError
-from hirescam_jax.explanations.cam import Method
+from hirescam_jax.explanations.names import Method
 
 
 def evaluate(
-    run: tyro.conf.Positional[Path],
+    run: tyro.conf.Positional[RunFolder],
     out: Path | None = None,
     checkpoint: Literal["best", "latest"] = "best",
     split: Literal["test", "val"] = "test",
@@ -87,7 +87,7 @@ def evaluate(
 
 
 def explain(
-    run: tyro.conf.Positional[Path],
+    run: tyro.conf.Positional[RunFolder],
     out: Path,
     input: tuple[Path, ...] = (),
     store: Path | None = None,
@@ -122,33 +122,23 @@ def explain(
         pictures: files: write a picture a label.
         overwrite: replace what is in `out`.
     """
-    import jax
+    from hirescam_jax.inference.volumes import explain_volumes
 
-    from hirescam_jax.inference.files import explain_files
-    from hirescam_jax.inference.store import explain_store
-    from hirescam_jax.runs.run import load_run
-
-    if bool(input) == (store is not None):
-        raise UserError("give either --input FILES or --store STORE")
-    chosen = names_of(labels)
-    common: Any = {"method": method, "batch_size": batch_size, "overwrite": overwrite}
-    if store is not None:
-        if grid == "input":
-            raise UserError(
-                "--grid input: a store holds volumes on the model's grid, so that their maps are "
-                "on the feature grid: leave it out, or explain the files with --input"
-            )
-        opened = load_run(run).on_mesh(depth_devices)
-        explain_store(opened, store, split, out, labels=chosen, format=format, **common)
-        if jax.process_index() == 0:
-            print(out)
-        return
-    if format != "zarr" or depth_devices is not None:
-        raise UserError("--format and --depth-devices go with --store, not with --input")
-    if jax.process_count() > 1:
-        raise UserError("--input runs in one process: for several, prepare a store (--store)")
-    common |= {"grid": grid or "input", "pictures": pictures}
-    explain_files(load_run(run), input, out, labels=chosen, **common)
+    explain_volumes(
+        run,
+        out,
+        input,
+        store,
+        split,
+        labels=names_of(labels),
+        method=method,
+        grid=grid,
+        format=format,
+        batch_size=batch_size,
+        depth_devices=depth_devices,
+        pictures=pictures,
+        overwrite=overwrite,
+    )
 
 
 def localize(
@@ -180,22 +170,21 @@ def localize(
         patients: CSV table with columns id and patient (findings.csv, say), so that the other map
             is another patient's; by default each volume is.
     """
-    from hirescam_jax.evaluation import localize as localization
+    from hirescam_jax.evaluation.localize import localize_files
 
-    if out is not None and out.exists():
-        raise UserError(f"{out}: exists; choose another file")
-    place: Any = {"method": method, "suffix": suffix}
-    given = explained, masks, read_names(label_map)
-    found = localization.localize(
-        *given,
-        **place,
+    text = localize_files(
+        explained,
+        masks,
+        label_map,
+        out,
+        method=method,
+        suffix=suffix,
         organ_suffix=organ_suffix,
         tolerance_mm=tolerance_mm,
-        patients=None if patients is None else localization.read_patients(patients),
+        patients=patients,
     )
-    print(localization.table(found, localization.without_map(*given, **place)))
+    print(text)
     if out is not None:
-        localization.write_table(out, found)
         print(out)
 
 
@@ -211,20 +200,14 @@ def table(
         out: folder of the tables.
         against: name of the run that the others are compared with; default the first.
     """
-    from hirescam_jax.evaluation.tables.runs import all_tables, write_tables
+    from hirescam_jax.evaluation.tables.runs import tabulate
 
-    built = all_tables(runs, against)
-    paths = write_tables(built, out)
-    for name, made in built.items():
-        if name in ("models", "differences") or name.startswith("masks"):
-            print(made.markdown())
-    for path in paths:
-        print(path)
+    print(tabulate(runs, out, against))
 
 
 def compare(
-    run_a: tyro.conf.Positional[Path],
-    run_b: tyro.conf.Positional[Path],
+    run_a: tyro.conf.Positional[RunFolder],
+    run_b: tyro.conf.Positional[RunFolder],
     volumes: int = 20,
     out: Path | None = None,
     checkpoint: Literal["best", "latest"] = "best",
@@ -241,15 +224,9 @@ def compare(
         out: the JSON file; default compare_RUN_B.json in the folder of run_a.
         checkpoint: which weights.
     """
-    from hirescam_jax.evaluation.compare import compare as run_compare
-    from hirescam_jax.evaluation.compare import table, write
-    from hirescam_jax.runs.run import load_run
+    from hirescam_jax.evaluation.compare import compare_folders
 
-    result = run_compare([load_run(run, checkpoint) for run in (run_a, run_b)], volumes)
-    target = out or run_a / f"compare_{run_b.resolve().name}.json"
-    write(target, result)
-    print(table(result))
-    print(target)
+    print(compare_folders(run_a, run_b, volumes, out, checkpoint))
 
 
 def voc(

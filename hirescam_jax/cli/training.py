@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from hirescam_jax.cli.options import PROGRAM
-from hirescam_jax.errors import UserError
+from hirescam_jax.cli.options import PROGRAM, asks_for_help, take_option
+from hirescam_jax.cli.outline import outlined
 
 
 def demo(out: Path = Path("hirescam_demo"), seed: int = 0) -> None:
@@ -34,21 +34,12 @@ def train(arguments: Sequence[str]) -> None:
 
     Without a config file the demo's small network and phantom CTs are the defaults.
     """
-    from hirescam_jax.config import Config
-    from hirescam_jax.experiments.demo import demo_config
-    from hirescam_jax.runs.config_files import check_types, load_config
-    from hirescam_jax.training.loop import train as run_train
-
     path = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
-    default = load_config(path) if path else demo_config()
-    if "--reduced" in arguments:
-        from hirescam_jax.experiments.papers import reduced as make_reduced
-
-        default = make_reduced(default)
+    Config, default = _train_config(path, arguments)
 
     def command(
         run: Annotated[Path, tyro.conf.arg(help="folder of the run; new without --resume")],
-        config: Annotated[Config, tyro.conf.arg(name="")] = default,
+        config: Annotated[Config, tyro.conf.arg(name="")] = default,  # type: ignore[valid-type]
         resume: Annotated[bool, tyro.conf.arg(help="continue an interrupted run")] = False,
         reduced: Annotated[bool, tyro.conf.arg(help=REDUCED)] = False,
         dry_run: Annotated[bool, tyro.conf.arg(help=DRY_RUN)] = False,
@@ -57,19 +48,22 @@ def train(arguments: Sequence[str]) -> None:
         check: Annotated[bool, tyro.conf.arg(help=CHECK)] = False,
     ) -> None:
         """Train a model; every field of the config can be overridden."""
+        from hirescam_jax.runs.config_files import check_types
+
         check_types(config, str(path or "command line"))
         if check:
             from hirescam_jax.experiments.papers import check_made_with
 
             check_made_with(run, config)
-            return
-        if dry_run:
+        elif dry_run:
             from hirescam_jax.training.costs import dry_run as text
 
             print(text(config, memory_gib))
-            return
-        result = run_train(config, run, resume=resume, profile_steps=profile)
-        print(f"{run}: best epoch ends at step {result.step}")
+        else:
+            from hirescam_jax.training.loop import train as run_train
+
+            result = run_train(config, run, resume=resume, profile_steps=profile)
+            print(f"{run}: best epoch ends at step {result.step}")
 
     tyro.cli(
         command,
@@ -79,20 +73,34 @@ def train(arguments: Sequence[str]) -> None:
     )
 
 
+def _train_config(path: Path | None, arguments: Sequence[str]) -> tuple[Any, Any]:
+    """`Config`, and the one whose fields are the defaults; outlines, if help is all that is asked
+    for: the real ones import JAX."""
+    if path is None and asks_for_help(arguments) and "--reduced" not in arguments:
+        config = outlined("hirescam_jax.experiments.demo", "demo_config")()
+        return outlined("hirescam_jax.config", "Config"), config
+    from hirescam_jax.config import Config
+    from hirescam_jax.experiments.demo import demo_config
+    from hirescam_jax.runs.config_files import load_config
+
+    config = load_config(path) if path else demo_config()
+    if "--reduced" in arguments:
+        from hirescam_jax.experiments.papers import reduced
+
+        config = reduced(config)
+    return Config, config
+
+
 def convert(arguments: Sequence[str]) -> None:
     """hirescam convert SOURCE TARGET [--config CONFIG.py] [--FIELD VALUE ...] [--overwrite], or
     hirescam convert SOURCE TARGET --architecture NAME [--overwrite]"""
-    from hirescam_jax.config import Config
-    from hirescam_jax.runs.config_files import check_types, load_config
-    from hirescam_jax.training.convert import convert_image_weights, run_to_weights, weights_to_run
-
-    path, rest = _take_option(arguments, "--config")
-    default = load_config(Path(path)) if path else Config()
+    path, rest = take_option(arguments, "--config")
+    Config, default = _convert_config(path, rest)
 
     def command(
         source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help=CONVERT_SOURCE)],
         target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help=CONVERT_TARGET)],
-        config: Annotated[Config, tyro.conf.arg(name="")] = default,
+        config: Annotated[Config, tyro.conf.arg(name="")] = default,  # type: ignore[valid-type]
         checkpoint: Annotated[Literal["best", "latest"], tyro.conf.arg(help="of a run")] = "best",
         architecture: Annotated[str, tyro.conf.arg(help=ARCHITECTURE)] = "",
         overwrite: Annotated[bool, tyro.conf.arg(help="replace TARGET")] = False,
@@ -100,20 +108,13 @@ def convert(arguments: Sequence[str]) -> None:
         """PyTorch weights to a run folder (which needs --config CONFIG.py, of the model and its
         data, whose fields can be overridden), or a run folder to PyTorch weights. With
         --architecture: weights of a network for images to Flax variables, or back."""
-        if architecture and path:
-            raise UserError("convert: give --config or --architecture, not both")
-        if architecture:
-            count = convert_image_weights(source, target, architecture, overwrite)
-        elif source.is_dir():
-            count = run_to_weights(source, target, checkpoint, overwrite)
-        elif path is None:
-            raise UserError(
-                "convert: give --config CONFIG.py, which says the model and its data, or, for a "
-                "network for images, --architecture NAME"
-            )
-        else:
+        from hirescam_jax.runs.config_files import check_types
+        from hirescam_jax.training.convert import convert as run_convert
+
+        if path is not None:
             check_types(config, path)
-            count = weights_to_run(source, target, config, overwrite)
+        given = config if path is not None else None
+        count = run_convert(source, target, given, architecture, checkpoint, overwrite)
         print(f"{target}: {count} tensors of {source}")
 
     tyro.cli(
@@ -124,23 +125,20 @@ def convert(arguments: Sequence[str]) -> None:
     )
 
 
+def _convert_config(path: str | None, arguments: Sequence[str]) -> tuple[Any, Any]:
+    """As `_train_config`."""
+    if path is None and asks_for_help(arguments):
+        Config = outlined("hirescam_jax.config", "Config")
+        return Config, Config()
+    from hirescam_jax.config import Config
+    from hirescam_jax.runs.config_files import load_config
+
+    return Config, load_config(Path(path)) if path else Config()
+
+
 CONVERT_SOURCE = "a weight file (.pth, .safetensors), or the folder of a run"
 CONVERT_TARGET = "a new run folder, or a weight file (.pth, .pt, .safetensors)"
 ARCHITECTURE = (
     "of torchvision's: resnet18, resnet34, resnet50, vgg16, densenet121 or mobilenet_v2; makes "
     "a .safetensors file of Flax variables, and of such a file torchvision's weights"
 )
-
-
-def _take_option(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of an option, None without it, and the other arguments."""
-    rest, value = list(arguments), None
-    for i, argument in enumerate(rest):
-        if argument == name and i + 1 < len(rest):
-            value = rest[i + 1]
-            del rest[i : i + 2]
-            break
-        if argument.startswith(f"{name}="):
-            value = rest.pop(i).partition("=")[2]
-            break
-    return value, rest

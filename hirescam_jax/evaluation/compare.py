@@ -8,7 +8,7 @@ stay alike show the image and not what was learnt.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from hirescam_jax.metrics import ORGAN_IOU_THRESHOLDS, organ_iou, random_maps, s
 from hirescam_jax.metrics.bootstrap import mean_intervals
 from hirescam_jax.progress import progress
 from hirescam_jax.reports.text import aligned, interval_text
-from hirescam_jax.runs.run import Run
+from hirescam_jax.runs.run import Run, load_run
 from hirescam_jax.runs.setup import open_data
 
 KINDS = ("ssim", "spearman", "spearman_absolute")
@@ -41,6 +41,25 @@ TITLES = {
     "organ_iou_gain": "A less B",
 }
 NAMES = {"hirescam": "HiResCAM", "gradcam": "Grad-CAM", "random": "A and a random map"}
+
+
+def compare_folders(
+    run_a: Path,
+    run_b: Path,
+    volumes: int,
+    out: Path | None = None,
+    which: Literal["best", "latest"] = "best",
+) -> str:
+    """`compare` of two run folders, as a JSON file; returns its `table` and where it is.
+
+    Args:
+        out: default compare_RUN_B.json in the folder of run_a.
+        which: of their weights.
+    """
+    result = compare([load_run(run, which) for run in (run_a, run_b)], volumes)
+    target = out or run_a / f"compare_{run_b.resolve().name}.json"
+    write(target, result)
+    return f"{table(result)}\n{target}"
 
 
 def compare(runs: Sequence[Run], volumes: int) -> dict[str, Any]:

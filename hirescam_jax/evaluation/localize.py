@@ -16,7 +16,7 @@ from scipy import ndimage
 from hirescam_jax.data.organs.label_maps import read_label_map
 from hirescam_jax.data.volume import Volume, read_nifti
 from hirescam_jax.errors import UserError
-from hirescam_jax.files import atomic_file
+from hirescam_jax.files import atomic_file, read_names
 from hirescam_jax.inference.nifti import TABLE, map_file_names
 from hirescam_jax.metrics import energy_inside, nan_mean, pointing_game
 from hirescam_jax.progress import progress
@@ -127,6 +127,47 @@ def localize(
                     found[i], other_hit=other["hit"], other_energy=other["energy"]
                 )
     return found
+
+
+def localize_files(
+    explained: Path,
+    masks: Path,
+    label_map: Path,
+    out: Path | None = None,
+    *,
+    method: str = "hirescam",
+    suffix: str = "_lesions",
+    organ_suffix: str = "_regions",
+    tolerance_mm: float = 0.0,
+    patients: Path | None = None,
+) -> str:
+    """`localize` with all its inputs as files, and the means of each label as text (`table`).
+
+    Args:
+        label_map: a JSON file, label -> numbers of its lesions.
+        out: a new CSV file for all pairs of volume and label.
+        patients: a CSV table for `read_patients`.
+
+    Raises:
+        UserError: `out` exists, a file that cannot be read, and as `localize`.
+    """
+    if out is not None and out.exists():
+        raise UserError(f"{out}: exists; choose another file")
+    label_ids = read_names(label_map)
+    found = localize(
+        explained,
+        masks,
+        label_ids,
+        method=method,
+        suffix=suffix,
+        organ_suffix=organ_suffix,
+        tolerance_mm=tolerance_mm,
+        patients=None if patients is None else read_patients(patients),
+    )
+    without = without_map(explained, masks, label_ids, method=method, suffix=suffix)
+    if out is not None:
+        write_table(out, found)
+    return table(found, without)
 
 
 def without_map(

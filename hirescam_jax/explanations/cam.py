@@ -8,7 +8,7 @@ backbone is never differentiated. Everything here is pure and works under `jit`,
 
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,16 +116,6 @@ def gradcam(
     return gradient_maps(channel_sum, head, features, labels, max_gradient_bytes)
 
 
-Method: TypeAlias = Literal[
-    "hirescam",
-    "gradcam",
-    "gradcam_plusplus",
-    "xgradcam",
-    "layercam",
-    "eigencam",
-    "ablationcam",
-    "cam",
-]
 # What needs a head and its features only.
 METHODS: dict[str, Callable[..., Array]] = {
     "hirescam": hirescam,

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from hirescam_jax.data.grid import feature_affine, from_features, to_grid
 from hirescam_jax.data.volume import Volume, open_nifti, read_ct, write_nifti
 from hirescam_jax.errors import UserError
-from hirescam_jax.explanations.cam import Method, explain
+from hirescam_jax.explanations.cam import explain
+from hirescam_jax.explanations.names import Method
 from hirescam_jax.explanations.verdict import HeadVerdict
 from hirescam_jax.files import atomic_folder, writing_pool
 from hirescam_jax.inference.maps import label_indices, verdict_of

@@ -21,7 +21,7 @@ from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.devices import processes
 from hirescam_jax.devices.mesh import Layout
 from hirescam_jax.errors import UserError
-from hirescam_jax.explanations.cam import Method
+from hirescam_jax.explanations.names import Method
 from hirescam_jax.files import writing_pool
 from hirescam_jax.inference.maps import (
     explain_program,

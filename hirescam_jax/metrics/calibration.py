@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 from hirescam_jax.metrics.bootstrap import bootstrap
 from hirescam_jax.metrics.predictions import known_labels
@@ -125,8 +125,9 @@ def calibration_error_of_bins(
     frequency = positives / filled
     gap = np.abs(probability / filled - frequency)
     spread = np.sqrt(frequency * (1 - frequency) / filled)
-    scaled = gap / np.where(spread > 0, spread, 1)
-    folded = 2 * spread * norm.pdf(scaled) + gap * (2 * norm.cdf(scaled) - 1)
+    scaled = (gap / np.where(spread > 0, spread, 1)).astype(float)
+    density = np.exp(-(scaled**2) / 2) / np.sqrt(2 * np.pi)
+    folded = 2 * spread * density + gap * (2 * ndtr(scaled) - 1)
     noisy = np.where(spread > 0, folded, gap)
     total = count.sum(-1)
     means = [(count * g).sum(-1) / np.maximum(total, 1) for g in (gap, 2 * gap - noisy)]
@@ -153,7 +154,7 @@ def calibration_error_within_chance(
     variance = mean * (1 - mean) * count / total**2 / len(count) ** 2
     by_chance = np.sqrt(2 / np.pi * variance).sum()
     spread = np.sqrt((1 - 2 / np.pi) * variance.sum())
-    return bool(plug_in <= by_chance + norm.ppf(0.975) * spread)
+    return bool(plug_in <= by_chance + ndtri(0.975) * spread)
 
 
 def calibration_interval(

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import brentq
-from scipy.stats import norm, rankdata
+from scipy.special import ndtr, ndtri
 
 
 class DeLong(NamedTuple):
@@ -33,7 +32,7 @@ class DeLong(NamedTuple):
         2006, 559-573): the AUROCs from which the value is at most z standard errors away, by
         Hanley & McNeil's variance at that AUROC with both numbers of cases as their mean.
         """
-        z = float(norm.ppf((1 + level) / 2))
+        z = float(ndtri((1 + level) / 2))
         variance = np.diagonal(self.covariance)
         half = z * np.sqrt(variance)
         low, high = np.clip(self.value - half, 0, 1), np.clip(self.value + half, 0, 1)
@@ -79,6 +78,8 @@ def auroc(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
     The Mann-Whitney statistic of the ranks. scores [..., N] float, truth [..., N] in {0, 1, NaN};
     returns [...], NaN where a class is missing.
     """
+    from scipy.stats import rankdata  # slow to import
+
     scores, truth, count, undefined = _ranked(scores, truth)
     positives = truth.sum(-1)
     negatives = count - positives
@@ -163,6 +164,8 @@ def delong(
     Raises:
         ValueError: scores, truth and groups of other lengths; a label that is not 0, 1 or NaN.
     """
+    from scipy.stats import rankdata  # slow to import
+
     scores = np.asarray(scores)
     truth, missing = known_labels(np.asarray(truth))
     if truth.shape != scores.shape[1:]:
@@ -197,6 +200,8 @@ def delong(
 
 def _newcombe(value: float, positives: int, negatives: int, z: float) -> tuple[float, float]:
     """Both ends of Newcombe's interval of method 5, for a value that is 0, 1 or between."""
+    from scipy.optimize import brentq  # slow to import
+
     others = (positives + negatives) / 2 - 1
 
     def excess(at: float) -> float:
@@ -236,4 +241,4 @@ def delong_test(
         same = abs(difference) <= _ROUNDING
         return PairedTest(difference, 0.0 if same else np.nan, 1.0 if same else np.nan)
     z = float(difference / np.sqrt(variance))
-    return PairedTest(difference, z, float(2 * norm.sf(abs(z))))
+    return PairedTest(difference, z, float(2 * ndtr(-abs(z))))

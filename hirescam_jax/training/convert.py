@@ -31,6 +31,42 @@ from hirescam_jax.weights.pytorch import (
 IMAGE_SIZE = (224, 224)  # any will do: no tensor of theirs depends on it
 
 
+def convert(
+    source: Path,
+    target: Path,
+    config: Config | None = None,
+    architecture: str = "",
+    which: Literal["best", "latest"] = "best",
+    overwrite: bool = False,
+) -> int:
+    """`weights_to_run`, `run_to_weights` or `convert_image_weights`, by what is given.
+
+    Args:
+        source: a run folder, or a weight file: of the config's model, or of the architecture.
+        config: of the model and its data.
+        architecture: of a network for images.
+        which: of a run's weights.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        UserError: config and architecture, or none of them for a file; and as the three functions.
+    """
+    if architecture and config is not None:
+        raise UserError("convert: give --config or --architecture, not both")
+    if architecture:
+        return convert_image_weights(source, target, architecture, overwrite)
+    if source.is_dir():
+        return run_to_weights(source, target, which, overwrite)
+    if config is None:
+        raise UserError(
+            "convert: give --config CONFIG.py, which says the model and its data, or, for a "
+            "network for images, --architecture NAME"
+        )
+    return weights_to_run(source, target, config, overwrite)
+
+
 def weights_to_run(source: Path, target: Path, config: Config, overwrite: bool = False) -> int:
     """A weight file -> a run folder at step 0, for `load_run`, `hirescam explain` and `evaluate`.
 

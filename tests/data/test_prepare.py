@@ -19,7 +19,8 @@ import pytest
 
 from hirescam_jax.cli import main as cli
 from hirescam_jax.data.organs.sources import RegionMasks
-from hirescam_jax.data.prepare.prepare import prepare, shards_of, split_studies
+from hirescam_jax.data.prepare.plan import shards_of, split_studies
+from hirescam_jax.data.prepare.prepare import prepare
 from hirescam_jax.data.store.store import Store
 from hirescam_jax.data.study import ANYWHERE, Reject, Study
 from hirescam_jax.data.volume import Volume
@@ -391,7 +392,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from tests.data.test_prepare import Fake, Halves, GRID
-from hirescam_jax.data.prepare import prepare
+from hirescam_jax.data.prepare.prepare import prepare
 
 class Slow(Fake):
     def read(self, study):

@@ -7,7 +7,7 @@ the volume's own grid. Sources are small and picklable: worker processes call th
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -61,6 +61,35 @@ class RegionSource(Protocol):
     def regions(self) -> tuple[str, ...]: ...
 
     def masks(self, study: Study, volume: Volume) -> RegionMasks: ...
+
+
+def region_source(
+    names: Sequence[str],
+    regions: str = "auto",
+    mapping: Mapping[str, Sequence[Any]] | None = None,
+    suffix: str = "",
+) -> RegionSource:
+    """What gives the masks of the regions `names`.
+
+    Args:
+        regions: "auto", for what can be found in the CT itself, or a folder of label maps.
+        mapping: region -> TotalSegmentator's classes, or -> ids of any label map; None for
+            TotalSegmentator's files and classes of the same names.
+        suffix: of the label maps, between id and .nii.gz.
+
+    Raises:
+        UserError: regions that this source cannot give, no such folder, a mapping without label
+            maps.
+    """
+    if regions == "auto":
+        if mapping is not None or suffix:
+            raise UserError("--region-map and --region-suffix need --regions FOLDER")
+        return AutoRegions(names)
+    if mapping is None:
+        return TotalSegmentatorRegions(regions, suffix=suffix, regions=names)
+    numbers = all(isinstance(item, int) for items in mapping.values() for item in items)
+    kind = LabelMapRegions if numbers else TotalSegmentatorRegions
+    return kind(regions, mapping, suffix, regions=names)
 
 
 class AutoRegions:

@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 
 from hirescam_jax.data.organs.sources import RegionSource
+from hirescam_jax.data.prepare.plan import Shard, shards_of, split_studies
 from hirescam_jax.data.prepare.workers import Job, Prepared, Workers
 from hirescam_jax.data.store.shards import write_shard
-from hirescam_jax.data.store.store import FORMAT, HEADER, ShardHeader, shard_name, write_header
+from hirescam_jax.data.store.store import FORMAT, HEADER, ShardHeader, write_header
 from hirescam_jax.data.study import ANYWHERE, SPLITS, Reader, Reject, Study
 from hirescam_jax.errors import UserError
 from hirescam_jax.files import atomic_file
 from hirescam_jax.progress import progress
 
-SHARD_VOLUMES = 32  # about 2 GB on the paper's grid
 REJECTS = "rejects.csv"
 _OURS = re.compile(r"(train|val|test)-\d{5}-of-\d{5}\.(array_record|json)")
 
@@ -46,18 +46,21 @@ class Result:
     fallbacks: int
     whole: bool
 
+    def text(self, out: Path) -> str:
+        """What is in the store at `out`, in a line or two."""
+        counts = ", ".join(f"{count} {split}" for split, count in self.counts.items())
+        text = f"{out}: {counts}; {self.fallbacks} of them with coarse organ masks"
+        if not self.whole:
+            text += "\nother parts are still to be prepared; the last one makes the store whole"
+        return text
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Shard:
-    """The studies that one file shall hold."""
-
-    split: str
-    file: str
-    studies: list[Study]
-
-    @property
-    def header_file(self) -> str:
-        return str(Path(self.file).with_suffix(".json"))
+    def left_out(self, out: Path) -> str:
+        """How many volumes are not in the store at `out`, and where it says why; empty if none."""
+        if not self.rejects:
+            return ""
+        first = self.rejects[0]
+        where = f"see {out / REJECTS}" if self.whole else f"{first.id}: {first.reason}"
+        return f"{len(self.rejects)} left out: {where}"
 
 
 def prepare(
@@ -123,58 +126,6 @@ def prepare(
         "split_fractions": list(split_fractions),
     }
     return _join(out, reader, plan, mine, key, spacing_mm, shape, provenance)
-
-
-def split_studies(
-    studies: Sequence[Study], seed: int, fractions: Sequence[float]
-) -> dict[str, list[Study]]:
-    """Studies by split, those of one patient together.
-
-    A patient who is in a split of the data set's own stays there. The others are sorted by a hash
-    of (seed, patient) and cut by the fractions; a split with a fraction gets one patient at least.
-
-    Raises:
-        UserError: the data set has one patient in two splits, or fractions that are none.
-    """
-    if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(
-            f"split fractions {tuple(fractions)}: give three from 0 to 1 whose sum is 1, for "
-            f"{', '.join(SPLITS)}"
-        )
-    split_of: dict[str, str] = {}
-    for study in studies:
-        if (
-            study.split is not None
-            and split_of.setdefault(study.patient, study.split) != study.split
-        ):
-            raise UserError(
-                f"{study.id}: patient '{study.patient}' is in the splits "
-                f"{split_of[study.patient]} and {study.split}: correct the table"
-            )
-    patients = sorted(
-        {study.patient for study in studies} - set(split_of),
-        key=lambda patient: hashlib.sha256(f"{seed}/{patient}".encode()).digest(),
-    )
-    sizes = [max(1, int(len(patients) * f)) if f > 0 else 0 for f in fractions]
-    largest = int(np.argmax(fractions))
-    sizes[largest] = max(0, len(patients) - sum(sizes) + sizes[largest])
-    if sizes[largest] == 0:
-        sizes = [len(patients) if i == largest else 0 for i in range(len(SPLITS))]
-    names = [name for name, size in zip(SPLITS, sizes, strict=True) for _ in range(size)]
-    split_of.update(zip(patients, names, strict=True))
-    return {name: [s for s in studies if split_of[s.patient] == name] for name in SPLITS}
-
-
-def shards_of(splits: dict[str, list[Study]], shards: int = 0) -> list[Shard]:
-    """Neighbouring studies together, evenly."""
-    plan = []
-    for split, studies in splits.items():
-        count = min(shards or -(-len(studies) // SHARD_VOLUMES), len(studies))
-        bounds = [i * len(studies) // count for i in range(count + 1)] if count else []
-        for i in range(count):
-            part = studies[bounds[i] : bounds[i + 1]]
-            plan.append(Shard(split, shard_name(split, i, count), part))
-    return plan
 
 
 # -- the folder -----------------------------------------------------------------------------------

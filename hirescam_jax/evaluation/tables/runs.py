@@ -128,6 +128,19 @@ def _split(evaluation: Any) -> str:
     return evaluation.get("split", "test")
 
 
+def tabulate(runs: Sequence[Path], out: Path, against: str = "") -> str:
+    """Writes `all_tables` to `out`; returns those of models, masks and differences as Markdown,
+    and the files."""
+    built = all_tables(runs, against)
+    paths = write_tables(built, out)
+    shown = [
+        table.markdown()
+        for name, table in built.items()
+        if name in ("models", "differences") or name.startswith("masks")
+    ]
+    return "\n".join([*shown, *map(str, paths)])
+
+
 def all_tables(runs: Sequence[Path], against: str = "") -> dict[str, Table]:
     """`tables` and `mask_tables` of run folders, and their differences from one of them, where
     their evaluations hold the values of each volume (`hirescam_jax.evaluation.tables.differences`).
