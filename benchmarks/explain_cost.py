@@ -27,7 +27,7 @@ from common import write_results as write
 
 from hirescam_jax.compiling import compiler_options, reuse_memory
 from hirescam_jax.config import Config
-from hirescam_jax.explanations.cam import explain
+from hirescam_jax.explanations.explain import explain
 from hirescam_jax.models import AxialNet
 from hirescam_jax.training.step import feature_grid
 

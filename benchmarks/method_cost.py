@@ -24,7 +24,6 @@ from common import interleave, machine_line, ratio, write_results
 from explain_cost import axialnet
 
 from hirescam_jax.compiling import compiler_options, reuse_memory
-from hirescam_jax.explanations.cam import METHODS
 from hirescam_jax.explanations.family import guided_attention, scorecam
 from hirescam_jax.explanations.inputs import (
     gradient_x_input,
@@ -33,6 +32,7 @@ from hirescam_jax.explanations.inputs import (
     occlusion,
     smoothgrad,
 )
+from hirescam_jax.explanations.methods import METHODS
 
 
 def methods_of(model: Any, shape: tuple[int, ...]) -> dict[str, Callable[[Any, jax.Array], Any]]:
@@ -50,7 +50,7 @@ def methods_of(model: Any, shape: tuple[int, ...]) -> dict[str, Callable[[Any, j
     def of_model(method: Callable, variables: Any, volumes: jax.Array) -> Any:
         return method(lambda x: model.apply(variables, x[..., 0]), volumes[..., None], [0])
 
-    heads = {name: method for name, method in METHODS.items() if name != "cam"}
+    heads: dict[str, Callable] = {n: m for n, m in METHODS.items() if not m.of_pooling}
     heads["guided_attention"] = partial(guided_attention, model=model)
     models = {
         "input_gradient": input_gradient,

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from hirescam_jax.moved import MovedModules
 
 if TYPE_CHECKING:
-    from hirescam_jax.explanations.cam import Explanation, explain, gradcam, hirescam, normalize_map
+    from hirescam_jax.explanations.cam import gradcam, hirescam, normalize_map
+    from hirescam_jax.explanations.explain import Explanation, explain
     from hirescam_jax.explanations.family import (
         ablationcam,
         class_activation_map,
@@ -122,7 +123,7 @@ _HOMES = {
     "CTNet": "models",
     "Conv3DNet": "models",
     "DenseNet": "models",
-    "Explanation": "explanations.cam",
+    "Explanation": "explanations.explain",
     "HeadVerdict": "explanations.verdict",
     "MobileNetV2": "models",
     "ORGAN_IOU_THRESHOLDS": "metrics",
@@ -133,7 +134,7 @@ _HOMES = {
     "class_activation_map": "explanations.family",
     "classification_loss": "losses",
     "eigencam": "explanations.family",
-    "explain": "explanations.cam",
+    "explain": "explanations.explain",
     "from_torch": "weights",
     "gradcam": "explanations.cam",
     "gradcam_plusplus": "explanations.family",

@@ -7,7 +7,7 @@ import tyro
 
 from hirescam_jax.cli.options import RunFolder, names_of
 from hirescam_jax.errors import UserError
-from hirescam_jax.explanations.names import Method
+from hirescam_jax.explanations.methods import MethodName
 
 
 def evaluate(
@@ -93,7 +93,7 @@ def explain(
     store: Path | None = None,
     split: Literal["train", "val", "test"] = "test",
     labels: str = "",
-    method: Method = "hirescam",
+    method: MethodName = "hirescam",
     grid: Literal["input", "features"] | None = None,
     format: Literal["zarr", "nifti"] = "zarr",
     batch_size: int = 2,
@@ -146,7 +146,7 @@ def localize(
     masks: Path,
     label_map: Path,
     out: Path | None = None,
-    method: Method = "hirescam",
+    method: MethodName = "hirescam",
     suffix: str = "_lesions",
     organ_suffix: str = "_regions",
     tolerance_mm: float = 0.0,

@@ -20,7 +20,8 @@ from hirescam_jax.errors import UserError
 from hirescam_jax.evaluation.evaluate import content_of
 from hirescam_jax.evaluation.predict import predict
 from hirescam_jax.evaluation.summary import choose_thresholds, named_thresholds
-from hirescam_jax.explanations.cam import EVALUATED, normalize_map
+from hirescam_jax.explanations.cam import normalize_map
+from hirescam_jax.explanations.methods import EVALUATED, METHODS
 from hirescam_jax.files import atomic_file
 from hirescam_jax.inference.maps import maps_program
 from hirescam_jax.losses import allowed_of
@@ -40,7 +41,7 @@ TITLES = {
     "organ_iou_b": "OrganIoU B",
     "organ_iou_gain": "A less B",
 }
-NAMES = {"hirescam": "HiResCAM", "gradcam": "Grad-CAM", "random": "A and a random map"}
+NAMES = {**{n: METHODS[n].title for n in EVALUATED}, "random": "A and a random map"}
 
 
 def compare_folders(

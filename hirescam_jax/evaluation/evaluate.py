@@ -14,7 +14,8 @@ from hirescam_jax.evaluation.summary import (
     evaluate,
 )
 from hirescam_jax.evaluation.values import Values
-from hirescam_jax.explanations.cam import EVALUATED, model_verdict
+from hirescam_jax.explanations.explain import model_verdict
+from hirescam_jax.explanations.methods import EVALUATED
 from hirescam_jax.runs.run import Run
 
 

@@ -17,7 +17,8 @@ from hirescam_jax.devices.mesh import Layout
 from hirescam_jax.errors import UserError
 from hirescam_jax.evaluation.resume import Kept
 from hirescam_jax.evaluation.summary import Predictions
-from hirescam_jax.explanations.cam import EVALUATED, normalize_map
+from hirescam_jax.explanations.cam import normalize_map
+from hirescam_jax.explanations.methods import EVALUATED
 from hirescam_jax.inference.maps import explain_step, head_bias
 from hirescam_jax.losses import allowed_of, labels_of
 from hirescam_jax.metrics import (

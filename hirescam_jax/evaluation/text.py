@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from hirescam_jax.explanations.methods import EVALUATED
 from hirescam_jax.reports.text import MAP_NAMES, aligned, interval_text, map_name
 
 LESION_MEASURES = {
@@ -35,7 +36,7 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
         f"Brier score {interval_text(brier)}"
     )
     for name, of_map in result["organ_iou"].items():
-        if name in ("hirescam", "gradcam") and of_map["undefined_pairs"]:
+        if name in EVALUATED and of_map["undefined_pairs"]:
             yield (
                 f"OrganIoU {map_name(name)}: over {of_map['pairs']} pairs of a volume and a "
                 f"finding; {of_map['undefined_pairs']} more have an organ without a cell or of all "
@@ -82,7 +83,7 @@ def label_table(result: dict[str, Any]) -> str:
     a row."""
     columns = {"AUROC": result["auroc"], "AP": result["average_precision"]}
     for name, of_map in result["organ_iou"].items():
-        if name in ("hirescam", "gradcam"):
+        if name in EVALUATED:
             columns[f"OrganIoU {name}"] = of_map
     labels = result["auroc"]["labels"]
     rows = [["", "positives", *columns]]

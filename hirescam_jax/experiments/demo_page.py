@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 
 from hirescam_jax.data.phantom.phantom import Phantom, PhantomCase, PhantomConfig
-from hirescam_jax.explanations.cam import explain, model_verdict, normalize_map
+from hirescam_jax.explanations.cam import normalize_map
+from hirescam_jax.explanations.explain import explain, model_verdict
+from hirescam_jax.explanations.methods import EVALUATED, METHODS
 from hirescam_jax.files import atomic_file
-from hirescam_jax.reports.pictures import METHOD_NAMES, WINDOW_HU, overlay_colors
+from hirescam_jax.reports.pictures import WINDOW_HU, overlay_colors
 from hirescam_jax.reports.text import MAP_NAMES
 from hirescam_jax.runs.run import Run
 
@@ -65,8 +67,8 @@ def _guarantees(run: Run) -> list[dict[str, Any]]:
     """What each method's maps guarantee; the head of both trainings is of one kind."""
     verdict = model_verdict(run.model, run.variables, (1, *run.shape))
     return [
-        {"method": METHOD_NAMES[m], "text": verdict.short(m), "holds": verdict.holds_for(m)}
-        for m in ("hirescam", "gradcam")
+        {"method": METHODS[m].title, "text": verdict.short(m), "holds": verdict.holds_for(m)}
+        for m in EVALUATED
     ]
 
 
@@ -94,7 +96,7 @@ def _map_rows(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         measures = [[e["organ_iou"][name]["mean"] for e in (before, after)]]
         for key in ("pointing", "energy", "iou"):
             measures.append([e["lesions"][name][key]["mean"] for e in (before, after)])
-        rows.append({"title": title, "of_model": name in METHOD_NAMES, "measures": measures})
+        rows.append({"title": title, "of_model": name in METHODS, "measures": measures})
     return rows
 
 
@@ -201,7 +203,7 @@ def _panel(case: PhantomCase, label: int, results: dict[tuple[str, str], Any]) -
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 5)
     figure.subplots_adjust(0, 0, 1, 0.88, 0.01, 0)
-    titles = ["CT", *(f"{METHOD_NAMES[m]}, {TITLES[n]}" for n, m in results)]
+    titles = ["CT", *(f"{METHODS[m].title}, {TITLES[n]}" for n, m in results)]
     for ax, title, result in zip(axes, titles, [None, *results.values()], strict=True):
         ax.imshow(case.volume[d], "gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1])
         if result is not None:

@@ -5,13 +5,12 @@ batch independently.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array, Float, Int
 
 from hirescam_jax.explanations.independence import check_independent, treats_alike
@@ -21,9 +20,6 @@ Labels: TypeAlias = Sequence[int] | np.ndarray | Array | None
 
 # Gradients of several labels are held at once only while they fit in this many bytes.
 MAX_GRADIENT_BYTES = 256 * 2**20
-
-# Batch sizes with which heads are traced: such as are neither their own nor a part of another axis.
-OTHER_BATCHES = (29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73)
 
 
 def gradient_maps(
@@ -74,63 +70,39 @@ def in_chunks(function: Callable, items: Array, bytes_each: int, max_bytes: int)
     return jax.lax.map(function, items, batch_size=chunk if chunk > 1 else None)
 
 
-def is_affine(head: Head, features: Any, logits: Any) -> bool:
-    """Whether the traced gradient of the head is free of the features.
+def is_affine(head: Head, features: Any) -> bool:
+    """Whether the gradient of the head is free of the features.
 
     Then it is affine, up to parts without a gradient. Conservative: an operation is taken to use
     all of its inputs for all of its outputs, whatever their values.
     """
-    traced = _traced_gradient(head, features, logits, _other_batch(features, logits))
-    traced = traced or _traced_gradient(head, features, logits, features.shape[0])
-    return traced is not None and not traced.uses_features
+
+    def gradient(features: Array) -> Array:
+        logits, pull_back = jax.vjp(head, features)
+        return pull_back(jnp.ones_like(logits))[0]
+
+    # Of many batches it is the same for all, which `vmap` refuses to return where it may differ.
+    same = jax.vmap(gradient, out_axes=None)
+    try:
+        jax.eval_shape(lambda features: same(features[None]), features)
+    except (ValueError, NotImplementedError):
+        return False
+    return True
 
 
 def has_one_gradient(head: Head, features: Any, logits: Any) -> bool:
     """Whether the gradient of the head is also the same for every example of a batch.
 
     Not so, or not known to be so: a head that has data of its own for each example (numbers that it
-    counts, holds or draws, as in dropout), or one that is not seen to keep the examples apart.
+    counts, holds or draws, as in dropout), or one that takes no batch of one.
     """
-    batch = _other_batch(features, logits)
-    traced = _traced_gradient(head, features, logits, batch)
-    return (
-        traced is not None
-        and not traced.uses_features
-        and treats_alike(traced.program, int(traced.uses_cotangent), batch)
-    )
-
-
-class _TracedGradient(NamedTuple):
-    """The program (cotangent [B, K]) -> gradient, without what is not needed for it."""
-
-    program: Any
-    uses_features: bool
-    uses_cotangent: bool
-
-
-def _other_batch(features: Any, logits: Any) -> int:
-    sizes = {*features.shape, *logits.shape}
-    return next((n for n in OTHER_BATCHES if all(size % n for size in sizes)), OTHER_BATCHES[0])
-
-
-def _traced_gradient(head: Head, features: Any, logits: Any, batch: int) -> _TracedGradient | None:
-    """Of a head at so many examples; None for a head that does not take them."""
-
-    def gradient(features: Array, cotangent: Array) -> Array:
-        features = jnp.broadcast_to(features, (batch, *features.shape[1:]))
-        logits, pull_back = jax.vjp(head, features)
-        if logits.shape[0] != batch:
-            raise ValueError("a head that holds data of the whole batch")
-        return pull_back(cotangent)[0]
-
+    if not is_affine(head, features) or not treats_alike(jax.make_jaxpr(head)(features)):
+        return False
     try:
-        # Made of the logits, see `gradient_maps`.
-        cotangent = jnp.broadcast_to(logits[:1], (batch, *logits.shape[1:]))
-        traced = jax.make_jaxpr(gradient)(features[:1], cotangent).jaxpr
+        alone = jax.eval_shape(head, features[:1])
     except (TypeError, ValueError, OverflowError):
-        return None
-    program, (uses_features, uses_cotangent) = dce_jaxpr(traced, [True])
-    return _TracedGradient(program, uses_features, uses_cotangent)
+        return False
+    return alone.shape == (1, logits.shape[1])
 
 
 def checked_features(features: Array) -> Array:

@@ -1,21 +1,24 @@
-"""Whether a head treats the examples of a batch independently of each other.
+"""Whether a head treats the examples of a batch independently of each other, and alike.
 
-Its program is read first: the axis of the examples is followed from the features to the logits,
-through operations that keep examples apart. Where it meets any other operation (a sum over the
-batch, a sort, a loop), gradients on random features decide.
+Its program is read: the axis of the examples is followed from the features to the logits, through
+operations that keep examples apart. That runs nothing and needs no values (parameters may be
+traced, and the grid split over devices). Where it meets any other operation (a sum over the batch,
+a sort, a loop), gradients on random features decide.
+
+Comparing the logits of a batch with those of each example alone would be simpler, but it cannot
+tell a head that mixes examples from one that has numbers of its own for each, as dropout does.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer, eval_context
 from jax.extend.core import jaxpr_as_fun
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 MIXES = (
     "the head mixes the examples of a batch: the gradient of one example's logit reaches another's "
@@ -34,13 +37,17 @@ _NAMES = """
     select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor
 """
 POINTWISE = frozenset(_NAMES.split())
-REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
-REDUCTIONS += ("argmax", "argmin")
+# What works along the axes that one of its parameters names, and along no others.
+_NAMES = """
+    argmax argmin concatenate cumlogsumexp cummax cummin cumprod cumsum reduce_and reduce_max
+    reduce_min reduce_or reduce_prod reduce_sum rev sort split
+"""
+ALONG_AXES = frozenset(_NAMES.split())
+AXES = ("axes", "axis", "dimension", "dimensions")
+WINDOWS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
+OVER_DEVICES = ("psum", "ppermute", "all_gather", "all_to_all", "axis_index", "reduce_scatter")
 # Sizes of random features: a nonlinearity that is saturated has no gradient.
 SCALES = (1e-3, 1.0, 1e3)
-OVER_DEVICES = ("psum", "ppermute", "all_gather", "all_to_all", "axis_index", "reduce_scatter")
-ALONG_AN_AXIS = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "split")
-WINDOWS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 
 
 class Place(NamedTuple):
@@ -49,6 +56,11 @@ class Place(NamedTuple):
     axis: int
     outer: int = 1
     inner: int = 1
+
+
+# Of what does not depend on the features: the axes along which it is seen to be constant.
+Constant: TypeAlias = frozenset[int]
+Value: TypeAlias = Place | Constant
 
 
 class _UnknownError(Exception):
@@ -60,23 +72,30 @@ class _CrossedError(Exception):
 
 
 def check_independent(head: Callable[[Array], Array], features: Float[Array, "B *grid C"]) -> None:
-    """Costs tracing; and a gradient of three examples where the program alone does not tell.
+    """Costs tracing; and gradients on random features where the program alone does not tell.
 
     Raises:
         ValueError: the gradient of one example's logit reaches another's features.
     """
-    if features.shape[0] < 2:
-        return
-    program = jax.make_jaxpr(head)(features)
+    if features.shape[0] > 1 and mixes(jax.make_jaxpr(head)(features)):
+        raise ValueError(MIXES)
+
+
+def mixes(program: Any, constants: list | None = None) -> bool:
+    """Whether gradients reach other examples in a program, features [B, ...] -> logits [B, K].
+
+    Args:
+        constants: in place of the program's own; by default random ones where those are traced.
+    """
     apart = keeps_apart(program)
     if apart:
-        return
+        return False
     if any(name in str(program) for name in OVER_DEVICES):
-        mixes = apart is False  # it cannot be run by itself
-    else:
-        mixes = _reaches_others(program, head, features)
-    if mixes:
-        raise ValueError(MIXES)
+        return apart is False  # it cannot be run by itself
+    if constants is None:
+        own = enumerate(program.consts)
+        constants = [random_like(x, i) if isinstance(x, Tracer) else x for i, x in own]
+    return _reaches_others(program, constants)
 
 
 def keeps_apart(program: Any) -> bool | None:
@@ -85,52 +104,124 @@ def keeps_apart(program: Any) -> bool | None:
     False if something in it works along the examples, which need not reach a gradient; None if
     there is an operation of which that is not known.
     """
-    return _kept_apart(program.jaxpr, [Place(0)], program.in_avals[0].shape[0])
+    return _Reading(program).apart
 
 
-def _kept_apart(jaxpr: Any, places: list[Place | None], count: int) -> bool | None:
-    try:
-        return _follow(jaxpr, places, count) in ([None], [Place(0)])
-    except _CrossedError:
-        return False
-    except _UnknownError:
-        return None
+def treats_alike(program: Any) -> bool:
+    """Whether a program is seen to do the same with each example: not so, or not seen, where it has
+    numbers of its own for each."""
+    reading = _Reading(program)
+    return bool(reading.apart) and reading.alike
 
 
-def treats_alike(jaxpr: Any, examples: int, count: int) -> bool:
-    """Whether a program does the same with each of `count` examples, which lie along the first axis
-    of its inputs (their number is `examples`, 0 or 1) and of its result; False if that is not seen.
+class _Reading:
+    def __init__(self, program: Any):
+        self.count = program.in_avals[0].shape[0]
+        self.alike = True
+        self.apart: bool | None
+        try:
+            results = self.follow(program.jaxpr, [Place(0)])
+            self.apart = len(results) == 1 and (results[0] == Place(0) or not _is_place(results[0]))
+        except _CrossedError:
+            self.apart = False
+        except _UnknownError:
+            self.apart = None
 
-    No other axis may be a multiple of `count`.
-    """
-    apart = _kept_apart(jaxpr, [Place(0)] * examples, count)
-    return bool(apart) and _others_alike(jaxpr, [True] * examples, count)
+    def follow(self, jaxpr: Any, inputs: list[Value]) -> list[Value]:
+        known = {id(v): value for v, value in zip(jaxpr.invars, inputs, strict=True)}
+
+        def values(variables: list) -> list[Value]:
+            return [known.get(id(v), Constant()) for v in variables]
+
+        for equation in jaxpr.eqns:
+            before = values(equation.invars)
+            if equation.primitive.name in CALLS:
+                after = self.follow(_called(equation.params), before)
+            elif any(map(_is_place, before)):
+                after = self.after(equation, before)
+            else:
+                after = [_constant_along(equation, before)] * len(equation.outvars)
+            known.update(zip(map(id, equation.outvars), after, strict=True))
+        return values(jaxpr.outvars)
+
+    def after(self, equation: Any, values: list[Value]) -> list[Value]:
+        """The values of an operation's results, of which some input depends on the features."""
+        name, params = equation.primitive.name, equation.params
+        if name == "cond" and not _is_place(values[0]):
+            first, *rest = [self.follow(b.jaxpr, values[1:]) for b in params["branches"]]
+            if all(branch == first for branch in rest):
+                return first
+        shapes = [v.aval.shape for v in equation.invars]
+        if name == "dot_general":
+            return [self.after_dot(params["dimension_numbers"], shapes, values)]
+        places = [(value, s) for value, s in zip(values, shapes, strict=True) if _is_place(value)]
+        (place, shape), result = places[0], equation.outvars[0].aval.shape
+        assert isinstance(place, Place)
+        if any(other != place for other, _ in places):
+            raise _CrossedError
+        crossed, axis = False, place.axis
+        moved = axis
+        match name:
+            case _ if name in POINTWISE:
+                crossed = any(other != result for _, other in places)
+            case _ if name in ALONG_AXES:
+                (axes,) = (np.atleast_1d(params[n]) for n in AXES if n in params)
+                crossed = axis in axes
+                moved = axis - (len(result) < len(shape)) * int((axes < axis).sum())
+            case "broadcast_in_dim":
+                moved = params["broadcast_dimensions"][axis]
+            case "transpose":
+                moved = params["permutation"].index(axis)
+            case "reshape" | "squeeze" | "expand_dims":
+                return [_reshaped(shape, place, result, self.count)]
+            case "pad":
+                crossed = not _is_place(values[0])
+                crossed = crossed or tuple(params["padding_config"][axis]) != (0, 0, 0)
+            case "slice" | "dynamic_slice":
+                crossed = not _is_place(values[0]) or result[axis] != shape[axis]
+            case _ if name in WINDOWS:
+                at = params["window_dimensions"][axis], tuple(params["padding"][axis])
+                crossed = at != (1, (0, 0)) or result[axis] != shape[axis]
+            case "conv_general_dilated":
+                layout = params["dimension_numbers"]
+                crossed = not _is_place(values[0]) or axis != layout.lhs_spec[0]
+                crossed = crossed or params["batch_group_count"] != 1 or len(places) > 1
+                moved = layout.out_spec[0]
+            case _:
+                raise _UnknownError
+        if crossed:
+            raise _CrossedError
+        if name in POINTWISE | ALONG_AXES:
+            for other, value in zip(shapes, values, strict=True):
+                self.alike &= not other or _is_place(value) or axis in value
+        return [place._replace(axis=moved)] * len(equation.outvars)
+
+    def after_dot(self, dimensions: Any, shapes: list, values: list[Value]) -> Place:
+        contracted, batched = dimensions
+        free = [
+            [d for d in range(len(shape)) if d not in (*contracted[side], *batched[side])]
+            for side, shape in enumerate(shapes)
+        ]
+        moved = []
+        for side, place in enumerate(values):
+            if not isinstance(place, Place):
+                continue
+            other = values[1 - side]
+            if place.axis in batched[side]:
+                axis = list(batched[side]).index(place.axis)
+                self.alike &= isinstance(other, Place) or batched[1 - side][axis] in other
+            elif place.axis in free[side] and not isinstance(other, Place):
+                axis = len(batched[0]) + side * len(free[0]) + free[side].index(place.axis)
+            else:
+                raise _CrossedError
+            moved.append(place._replace(axis=axis))
+        if any(place != moved[0] for place in moved):
+            raise _CrossedError
+        return moved[0]
 
 
-def _others_alike(jaxpr: Any, followed: list[bool], count: int) -> bool:
-    """Whether what does not depend on the inputs that are followed is the same for all examples: it
-    has no axis for them, or one along which it was broadcast."""
-    known = {id(v) for v, own in zip(jaxpr.invars, followed, strict=True) if own}
-
-    def has_axis(v: Any) -> bool:
-        return any(size % count == 0 for size in getattr(v.aval, "shape", ()))
-
-    def may_differ(equation: Any) -> bool:
-        kept = equation.primitive.name in (*POINTWISE, "broadcast_in_dim")
-        return not kept and any(map(has_axis, equation.outvars))
-
-    if any(map(has_axis, jaxpr.constvars)):
-        return False
-    for equation in jaxpr.eqns:
-        name, inputs = equation.primitive.name, [id(v) in known for v in equation.invars]
-        if name in CALLS:
-            if not _others_alike(_called(equation.params), inputs, count):
-                return False
-        elif not any(inputs) and may_differ(equation):
-            return False
-        if any(inputs):
-            known.update(map(id, equation.outvars))
-    return True
+def _is_place(value: Value) -> bool:
+    return isinstance(value, Place)
 
 
 def _called(params: Any) -> Any:
@@ -139,90 +230,19 @@ def _called(params: Any) -> Any:
     return getattr(called, "jaxpr", called)
 
 
-def _follow(jaxpr: Any, places: list[Place | None], count: int) -> list[Place | None]:
-    """Where the examples lie in a program's results; None for what does not depend on them."""
-    known = {id(v): place for v, place in zip(jaxpr.invars, places, strict=True)}
-    for equation in jaxpr.eqns:
-        before = [known.get(id(v)) for v in equation.invars]
-        if any(before):
-            after = _after(equation, before, count)
-            known.update(zip(map(id, equation.outvars), after, strict=True))
-    return [known.get(id(v)) for v in jaxpr.outvars]
-
-
-def _after(equation: Any, places: list[Place | None], count: int) -> list[Place | None]:
-    name, params = equation.primitive.name, equation.params
-    if name in CALLS:
-        return _follow(_called(params), places, count)
-    if name == "cond" and places[0] is None:
-        first, *rest = [_follow(b.jaxpr, places[1:], count) for b in params["branches"]]
-        if all(branch == first for branch in rest):
-            return first
-    if name == "dot_general":
-        return [_after_dot(params["dimension_numbers"], equation.invars, places)]
-    tracked = [(v.aval.shape, p) for v, p in zip(equation.invars, places, strict=True) if p]
-    shape, place = tracked[0]
-    axis, result = place.axis, equation.outvars[0].aval.shape
-    if any(other != place for _, other in tracked):
-        raise _CrossedError
-    crossed, moved = False, axis
-    match name:
-        case _ if name in POINTWISE:
-            crossed = any(other != result for other, _ in tracked)
-        case "broadcast_in_dim":
-            moved = params["broadcast_dimensions"][axis]
-        case "transpose":
-            moved = params["permutation"].index(axis)
-        case "reshape" | "squeeze" | "expand_dims":
-            return [_reshaped(shape, place, result, count)]
-        case _ if name in REDUCTIONS:
-            crossed = axis in params["axes"]
-            moved = axis - sum(a < axis for a in params["axes"])
-        case _ if name in ALONG_AN_AXIS:
-            crossed = axis == params["axis"]
-        case "sort" | "concatenate":
-            crossed = axis == params["dimension"]
-        case "rev":
-            crossed = axis in params["dimensions"]
-        case "pad":
-            crossed = not places[0] or tuple(params["padding_config"][axis]) != (0, 0, 0)
-        case "slice" | "dynamic_slice":
-            crossed = not places[0] or result[axis] != shape[axis]
-        case _ if name in WINDOWS:
-            at = params["window_dimensions"][axis], tuple(params["padding"][axis])
-            crossed = at != (1, (0, 0)) or result[axis] != shape[axis]
-        case "conv_general_dilated":
-            layout = params["dimension_numbers"]
-            crossed = places[0] is None or axis != layout.lhs_spec[0]
-            crossed = crossed or params["batch_group_count"] != 1 or len(tracked) > 1
-            moved = layout.out_spec[0]
-        case _:
-            raise _UnknownError
-    if crossed:
-        raise _CrossedError
-    return [place._replace(axis=moved)] * len(equation.outvars)
-
-
-def _after_dot(dimensions: Any, operands: list, places: list[Place | None]) -> Place:
-    contracted, batched = dimensions
-    moved = []
-    for side, place in enumerate(places):
-        if place is None:
-            continue
-        free = [
-            [d for d in range(v.aval.ndim) if d not in (*contracted[i], *batched[i])]
-            for i, v in enumerate(operands)
-        ]
-        if place.axis in batched[side]:
-            axis = list(batched[side]).index(place.axis)
-        elif place.axis in free[side] and len([p for p in places if p]) == 1:
-            axis = len(batched[0]) + side * len(free[0]) + free[side].index(place.axis)
-        else:
-            raise _CrossedError
-        moved.append(place._replace(axis=axis))
-    if any(place != moved[0] for place in moved):
-        raise _CrossedError
-    return moved[0]
+def _constant_along(equation: Any, values: list[Value]) -> Constant:
+    """The axes of a result along which it is seen to be constant, of such inputs."""
+    axes = set(range(len(getattr(equation.outvars[0].aval, "shape", ()))))
+    name = equation.primitive.name
+    operands = [(v.aval.shape, value) for v, value in zip(equation.invars, values, strict=True)]
+    if name == "broadcast_in_dim":
+        (shape, value), places = operands[0], equation.params["broadcast_dimensions"]
+        axes -= {places[i] for i, size in enumerate(shape) if size != 1 and i not in value}
+    elif name in POINTWISE:
+        axes.intersection_update(*(value for shape, value in operands if shape))
+    else:
+        axes = ()
+    return Constant(axes)
 
 
 def _reshaped(shape: tuple[int, ...], place: Place, result: tuple[int, ...], count: int) -> Place:
@@ -237,20 +257,14 @@ def _reshaped(shape: tuple[int, ...], place: Place, result: tuple[int, ...], cou
     raise _UnknownError
 
 
-def _reaches_others(program: Any, head: Callable[[Array], Array], features: Array) -> bool:
-    """On random features of three examples."""
-    batch = min(3, features.shape[0])
-    fewer = jax.ShapeDtypeStruct((batch, *features.shape[1:]), features.dtype)
-    with contextlib.suppress(TypeError, ValueError, OverflowError):  # it may take its batch only
-        smaller = jax.make_jaxpr(head)(fewer)
-        program = smaller if smaller.out_avals[0].shape[0] == batch else program
-    consts = enumerate(program.consts)
-    constants = [random_like(x, i) if isinstance(x, Tracer) else x for i, x in consts]
+def _reaches_others(program: Any, constants: list) -> bool:
+    """On random features: from the logits of the first, the middle and the last example."""
     rng = np.random.default_rng(0)
     x, cotangent = (
-        rng.standard_normal(aval.shape).astype(features.dtype)
+        rng.standard_normal(aval.shape).astype(program.in_avals[0].dtype)
         for aval in (program.in_avals[0], program.out_avals[0])
     )
+    examples = np.unique([0, len(x) // 2, len(x) - 1])
 
     def reach(constants: list, x: Array, cotangent: Array) -> Array:
         run = jaxpr_as_fun(program.replace(consts=constants))
@@ -260,20 +274,16 @@ def _reaches_others(program: Any, head: Callable[[Array], Array], features: Arra
             logits, pull_back = jax.vjp(lambda x: run(x)[0], scale * x)
             own = jnp.arange(len(x)) == example
             cotangents = jnp.where(own[:, None], cotangent, 0).astype(logits.dtype)
-            return reach_of_others(pull_back(cotangents)[0], own)
+            (gradient,) = pull_back(cotangents)
+            apart = ~own.reshape(-1, *(1,) * (gradient.ndim - 1)) & jnp.isfinite(gradient)
+            return jnp.where(apart, jnp.abs(gradient), 0).max()
 
-        examples, scales = jnp.arange(len(x)), jnp.asarray(SCALES, x.dtype)
+        scales = jnp.asarray(SCALES, x.dtype)
         points = jnp.tile(examples, len(scales)), jnp.repeat(scales, len(examples))
         return jax.lax.map(of_one, points).max()
 
     with eval_context():  # now, even where this is traced
         return bool(jax.jit(reach)(constants, x, cotangent) > 0)
-
-
-def reach_of_others(gradient: Float[Array, "B *grid C"], own: Bool[Array, "B"]) -> Array:
-    """The largest gradient at an example other than the own one."""
-    apart = ~own.reshape(-1, *(1,) * (gradient.ndim - 1)) & jnp.isfinite(gradient)
-    return jnp.where(apart, jnp.abs(gradient), 0).max()
 
 
 def random_like(x: Any, seed: int) -> Any:

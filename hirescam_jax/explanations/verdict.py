@@ -15,7 +15,7 @@ from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array
 
 from hirescam_jax.explanations.gradients import Head, at_least_float32, is_affine
-from hirescam_jax.explanations.independence import MIXES, random_like, reach_of_others
+from hirescam_jax.explanations.independence import MIXES, mixes, random_like
 
 Kind = Literal["equal", "exact", "complete", "none"]
 
@@ -96,7 +96,7 @@ class HeadVerdict:
         return self.kind == "equal" and method in ("gradcam", "cam")
 
     def short(self, method: str = "hirescam") -> str:
-        """A few words on what holds for a method of `cam.METHODS`: for tables and captions."""
+        """A few words on what holds for a method of `methods.METHODS`: for tables and captions."""
         if self.kind == "none":
             reason = self.text.split(",")[0]
             return reason[0].lower() + reason[1:]
@@ -130,16 +130,18 @@ def head_verdict(head: Head, feature_shape: Sequence[int]) -> HeadVerdict:
     if len(shape) < 3:
         raise ValueError(f"feature_shape must be (B, *grid, C) with a spatial axis, got {shape}")
     traced = _traced(head, shape)
-    found = _measured(traced, generic=True)
-    if found.leak > 0:
-        raise ValueError(MIXES)
+    generic = [_generic(x, seed) for seed, x in enumerate(traced.program.consts)]
+    with _precision(traced.float64):
+        if mixes(traced.program, generic):
+            raise ValueError(MIXES)
+    found = _measured(traced, generic)
     low_precision = _has_low_precision(traced.program.jaxpr)
     tolerance = LOW_TOLERANCE if low_precision else TOLERANCE
     kind: Kind = "none"
     text, difference = None, found.difference
     if traced.affine and max(found.residual, found.curvature) <= tolerance:
         if difference > EQUAL and not any(isinstance(x, Tracer) for x in traced.program.consts):
-            own = _measured(traced, generic=False)
+            own = _measured(traced, traced.program.consts)
             difference = own.difference if own.peak > 0 else difference
         kind = "equal" if difference <= EQUAL else "exact"
     elif not traced.affine and max(found.residual, found.shifted) <= tolerance < found.curvature:
@@ -174,8 +176,7 @@ def _traced(head: Head, shape: tuple[int, ...]) -> _Traced:
                         program = jax.make_jaxpr(head)(x)
                     results = [aval.shape for aval in program.out_avals]
                     if len(results) == 1 and len(results[0]) == 2 and results[0][0] == batch:
-                        logits = np.zeros(results[0], program.out_avals[0].dtype)
-                        affine = is_affine(head, np.zeros(wanted, x.dtype), logits)
+                        affine = is_affine(head, x)
                         probe = jax.jit(partial(_probe, program))
                         return _Traced(program, float64, affine, probe)
             except (TypeError, ValueError, NameError) as error:
@@ -227,7 +228,6 @@ class _Measured(NamedTuple):
         between places of equal weights, but not where parts of it are switched off.
     curvature: head(x + y) - head(x) - head(y) + head(0), zero for an affine head only.
     difference: of a HiResCAM map to a Grad-CAM map, relative to its largest value, the peak.
-    leak: gradient that reaches another example.
     """
 
     residual: Any
@@ -235,14 +235,10 @@ class _Measured(NamedTuple):
     curvature: Any
     difference: Any
     peak: Any
-    leak: Any
 
 
-def _measured(traced: _Traced, generic: bool) -> _Measured:
-    """With arrays of the head's form, or with its own."""
-    constants = list(traced.program.consts)
-    if generic:
-        constants = [_generic(x, seed) for seed, x in enumerate(constants)]
+def _measured(traced: _Traced, constants: list) -> _Measured:
+    """With these in place of the head's own arrays."""
     aval, logits = traced.program.in_avals[0], traced.program.out_avals[0]
     rng = np.random.default_rng(0)
     # Each example and channel has its own mean: what is pooled must be no smaller than what is not.
@@ -264,14 +260,13 @@ TRIED["x+c"] = (1, 0, 1)
 
 class _Found(NamedTuple):
     """Of one input: the score, and of its gradient times x the sum and the sum of sizes; the
-    difference to Grad-CAM, the peak and the leak as in `_Measured`."""
+    difference to Grad-CAM and the peak as in `_Measured`."""
 
     score: Array
     total: Array
     size: Array
     difference: Array
     peak: Array
-    leak: Array
 
 
 def _probe(
@@ -314,7 +309,6 @@ def _probe(
             jnp.abs(product).sum(),
             difference / jnp.where(peak > 0, peak, 1),
             peak,
-            reach_of_others(gradient, own),
         )
 
     indices = jnp.repeat(jnp.arange(len(scales)), len(TRIED))
@@ -339,7 +333,6 @@ def _probe(
         _relative(corners.sum(axis=0), jnp.abs(corners).sum(axis=0)).max(),
         at["x"].difference.max(),
         at["x"].peak.max(),
-        every.leak.max(),
     )
 
 

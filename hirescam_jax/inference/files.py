@@ -15,14 +15,14 @@ from jaxtyping import Float
 from hirescam_jax.data.grid import feature_affine, from_features, to_grid
 from hirescam_jax.data.volume import Volume, open_nifti, read_ct, write_nifti
 from hirescam_jax.errors import UserError
-from hirescam_jax.explanations.cam import explain
-from hirescam_jax.explanations.names import Method
+from hirescam_jax.explanations.explain import explain
+from hirescam_jax.explanations.methods import METHODS, MethodName
 from hirescam_jax.explanations.verdict import HeadVerdict
 from hirescam_jax.files import atomic_folder, writing_pool
 from hirescam_jax.inference.maps import label_indices, verdict_of
 from hirescam_jax.inference.nifti import TABLE, map_file_names, write_table
 from hirescam_jax.progress import progress, say
-from hirescam_jax.reports.pictures import METHOD_NAMES, place, save_label_picture
+from hirescam_jax.reports.pictures import place, save_label_picture
 from hirescam_jax.runs.run import Run
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def explain_files(
     out: Path,
     *,
     labels: Sequence[str] = (),
-    method: Method = "hirescam",
+    method: MethodName = "hirescam",
     grid: Literal["input", "features"] = "input",
     batch_size: int = 2,
     pictures: bool = True,
@@ -96,7 +96,7 @@ def explain_files(
     files = _input_files(inputs)
     folders = _output_folders(files, Path(out), overwrite)
     verdict = verdict_of(run, method)
-    say(f"{METHOD_NAMES[method]} here: {verdict.short(method)}")
+    say(f"{METHODS[method].title} here: {verdict.short(method)}")
 
     failures: dict[Path, str] = {}
     ready = [path for path in files if _attempt(open_nifti, path, failures) is not None]

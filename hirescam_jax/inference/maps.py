@@ -17,7 +17,8 @@ from hirescam_jax.config import Config
 from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.devices.mesh import DATA, DEPTH, Layout
 from hirescam_jax.errors import UserError
-from hirescam_jax.explanations.cam import EVALUATED, METHODS, OVER_GRID, model_verdict
+from hirescam_jax.explanations.explain import model_verdict
+from hirescam_jax.explanations.methods import EVALUATED, METHODS
 from hirescam_jax.explanations.verdict import HeadVerdict
 from hirescam_jax.runs.run import Run
 
@@ -75,7 +76,7 @@ def explain_step(
         maps = {}
         for name in methods:
             options = {}
-            if name in OVER_GRID and sharding.split_axes(DEPTH):
+            if METHODS[name].over_grid and sharding.split_axes(DEPTH):
                 options = {"axis_name": DEPTH, "positions": math.prod(layout.grid)}
             maps[name] = METHODS[name](head, features, labels, **options)
         return head(features), maps
@@ -121,10 +122,10 @@ def verdict_of(run: Run, method: str) -> HeadVerdict:
         verdict = model_verdict(run.model, run.variables, (1, *run.shape))
     except ValueError as error:
         raise UserError(f"{run.path}: {error}") from error
-    if method == "cam" and verdict.kind != "equal":
+    if METHODS[method].of_pooling and verdict.kind != "equal":
         raise UserError(
-            f"{run.path}: CAM needs a head of global pooling and one linear layer, which this "
-            "model does not have: use --method hirescam"
+            f"{run.path}: {METHODS[method].title} needs a head of global pooling and one linear "
+            "layer, which this model does not have: use --method hirescam"
         )
     return verdict
 

@@ -21,7 +21,7 @@ from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.devices import processes
 from hirescam_jax.devices.mesh import Layout
 from hirescam_jax.errors import UserError
-from hirescam_jax.explanations.names import Method
+from hirescam_jax.explanations.methods import METHODS, MethodName
 from hirescam_jax.files import writing_pool
 from hirescam_jax.inference.maps import (
     explain_program,
@@ -33,7 +33,6 @@ from hirescam_jax.inference.maps import (
 from hirescam_jax.inference.nifti import NiftiWriter
 from hirescam_jax.inference.zarr import MapWriter
 from hirescam_jax.progress import progress, say
-from hirescam_jax.reports.pictures import METHOD_NAMES
 from hirescam_jax.runs.integrity import checksums
 from hirescam_jax.runs.run import Run
 from hirescam_jax.training.step import open_layout
@@ -63,7 +62,7 @@ def explain_store(
     out: Path,
     *,
     labels: Sequence[str] = (),
-    method: Method = "hirescam",
+    method: MethodName = "hirescam",
     format: Literal["zarr", "nifti"] = "zarr",
     batch_size: int = 2,
     overwrite: bool = False,
@@ -101,13 +100,13 @@ def explain_store(
                 f"{store}: its volumes have {name} {list(theirs)}, {run.path} was trained on "
                 f"{list(ours)}: prepare the volumes on that grid"
             )
-    if method == "cam" and config.depth_devices > 1:
+    if METHODS[method].of_pooling and config.depth_devices > 1:
         raise UserError(
-            "--method cam: looks at whole volumes, so use --depth-devices 1, or --method gradcam, "
-            "which is the same map for a head that has one"
+            f"--method {method}: looks at whole volumes, so use --depth-devices 1, or --method "
+            "gradcam, which is the same map for a head that has one"
         )
     verdict = verdict_of(run, method)
-    say(f"{METHOD_NAMES[method]} here: {verdict.short(method)}")
+    say(f"{METHODS[method].title} here: {verdict.short(method)}")
     attributes = _attributes(run, source, split, chosen, method, layout.grid)
     # Without its figures, whose last digits may differ from machine to machine.
     attributes["verdict"] = {"kind": verdict.kind, "text": verdict.text}

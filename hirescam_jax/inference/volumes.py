@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 
 from hirescam_jax.errors import UserError
-from hirescam_jax.explanations.names import Method
+from hirescam_jax.explanations.methods import MethodName
 from hirescam_jax.inference.files import explain_files
 from hirescam_jax.inference.store import explain_store
 from hirescam_jax.runs.run import load_run
@@ -21,7 +21,7 @@ def explain_volumes(
     split: str = "test",
     *,
     labels: Sequence[str] = (),
-    method: Method = "hirescam",
+    method: MethodName = "hirescam",
     grid: Literal["input", "features"] | None = None,
     format: Literal["zarr", "nifti"] = "zarr",
     batch_size: int = 2,

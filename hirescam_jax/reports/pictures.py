@@ -23,21 +23,12 @@ from scipy import ndimage
 from hirescam_jax.data.grid import resample
 from hirescam_jax.data.volume import Volume
 from hirescam_jax.explanations.cam import normalize_map
+from hirescam_jax.explanations.methods import METHODS
 from hirescam_jax.explanations.verdict import HeadVerdict
 
 WINDOW_HU = (-1100.0, 400.0)  # wide: lung and mediastinum in one picture
 MAX_PIXELS = 640  # along a side of a plane
 SLICE_DISTANCE_MM = 12.0  # between two axial slices that are shown
-METHOD_NAMES = {
-    "hirescam": "HiResCAM",
-    "gradcam": "Grad-CAM",
-    "gradcam_plusplus": "Grad-CAM++",
-    "xgradcam": "XGrad-CAM",
-    "layercam": "LayerCAM",
-    "eigencam": "Eigen-CAM",
-    "ablationcam": "Ablation-CAM",
-    "cam": "CAM",
-}
 
 INK, SOFT, WARNING, PAPER = "#e8e8e8", "#a0a0a0", "#ffb454", "#000000"
 PLANES = ("axial", "coronal", "sagittal")
@@ -144,7 +135,7 @@ def label_picture(
     if not normalized_dhw.any():
         title += "   no positive evidence"
     figure.text(0.15 / width, 1 - 0.42 / total, title, color=INK, fontsize=17, weight="bold")
-    subtitle = f"{METHOD_NAMES.get(method, method)}   {volume.path.name}"
+    subtitle = f"{METHODS[method].title}   {volume.path.name}"
     figure.text(0.15 / width, 1 - 0.66 / total, subtitle, color=SOFT, fontsize=10.5)
     if verdict is not None:
         color = SOFT if verdict.holds_for(method) else WARNING

@@ -1,9 +1,10 @@
 """Texts that tables and pages share: aligned columns, intervals, names of maps."""
 
-# As tables call them. The first two are maps of the model.
+from hirescam_jax.explanations.methods import EVALUATED, METHODS
+
+# As tables call them. The first are maps of the model.
 MAP_NAMES = {
-    "hirescam": "HiResCAM",
-    "gradcam": "Grad-CAM",
+    **{name: METHODS[name].title for name in EVALUATED},
     "organ_prior": "organ prior",
     "centre_blob": "centre blob",
     "random": "random map",

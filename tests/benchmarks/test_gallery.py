@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hirescam_jax import head_verdict
-from hirescam_jax.reports.pictures import METHOD_NAMES
+from hirescam_jax.explanations.methods import METHODS
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gallery.py"
 FIRST, SECOND = (slice(1, 3), slice(1, 3)), (slice(3, 5), slice(3, 5))
@@ -53,7 +53,7 @@ def test_the_verdict_on_the_example(gallery):
     assert verdict.kind == "exact"
     assert verdict.gradcam_difference > 0.1
     assert verdict.holds_for("hirescam")
-    assert not any(verdict.holds_for(method) for method in METHOD_NAMES if method != "hirescam")
+    assert not any(verdict.holds_for(method) for method in METHODS if method != "hirescam")
 
 
 def test_the_picture(gallery, tmp_path, monkeypatch, capsys):

@@ -13,8 +13,7 @@ from hirescam_jax import config
 from hirescam_jax.cli import main as cli
 from hirescam_jax.cli import training
 from hirescam_jax.cli.outline import outlined
-from hirescam_jax.explanations.cam import METHODS
-from hirescam_jax.explanations.names import Method
+from hirescam_jax.explanations.methods import METHODS, MethodName
 
 SLOW = ("jax", "flax", "orbax", "grain", "scipy.stats", "matplotlib")
 ANSWER = f"""
@@ -110,4 +109,4 @@ def test_outline_of_what_is_not_there():
 
 
 def test_names_of_the_methods():
-    assert typing.get_args(Method) == tuple(METHODS)
+    assert typing.get_args(MethodName) == tuple(METHODS)

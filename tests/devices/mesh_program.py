@@ -19,7 +19,7 @@ import numpy as np
 from hirescam_jax.config import SGD, Config, Preprocess
 from hirescam_jax.data.pipeline import make_batch
 from hirescam_jax.devices.mesh import Layout, make_mesh
-from hirescam_jax.explanations.cam import EVALUATED, METHODS
+from hirescam_jax.explanations.methods import EVALUATED, METHODS
 from hirescam_jax.inference.maps import explain_step
 from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet
 from hirescam_jax.training.step import (

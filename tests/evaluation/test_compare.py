@@ -19,8 +19,8 @@ from hirescam_jax.evaluation import compare
 from hirescam_jax.evaluation.evaluate import content_of
 from hirescam_jax.evaluation.predict import predict
 from hirescam_jax.evaluation.summary import choose_thresholds
-from hirescam_jax.explanations import cam
 from hirescam_jax.explanations.cam import normalize_map
+from hirescam_jax.explanations.explain import explain
 from hirescam_jax.metrics import ORGAN_IOU_THRESHOLDS, organ_iou, similarity
 from hirescam_jax.models import AxialNet
 from hirescam_jax.runs.run import Header, Run
@@ -54,7 +54,7 @@ def test_maps_of_two_runs_by_hand(runs):
         item = test[index]
         volume = jnp.asarray(item["volume"])[None]
         present = np.flatnonzero(item["findings"].any(1))
-        maps = [cam.explain(r.model, r.variables, r.normalize(volume)).maps for r in runs]
+        maps = [explain(r.model, r.variables, r.normalize(volume)).maps for r in runs]
         values += np.asarray(similarity(*maps).spearman)[0, present].tolist()
     assert found["pairs"] == len(values)
     assert (found["volumes"], found["patients"]) == (8, 8)
@@ -83,7 +83,7 @@ def organ_iou_of(run: Run, volumes: list[int], threshold_of: dict[str, float]) -
     for index in volumes:
         item = test[index]
         volume = jnp.asarray(item["volume"])[None]
-        maps = cam.explain(run.model, run.variables, run.normalize(volume)).maps
+        maps = explain(run.model, run.variables, run.normalize(volume)).maps
         allowed = (item["findings"] > 0) @ item["regions"].reshape(len(test.regions), -1) > 0
         for k in np.flatnonzero(item["findings"].any(1)):
             label = run.labels[k]

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from hirescam_jax.explanations.cam import (
-    METHODS,
     completeness_residual,
-    explain,
     gradcam,
     hirescam,
     normalize_map,
 )
+from hirescam_jax.explanations.explain import explain
 from hirescam_jax.explanations.gradients import has_one_gradient
 from hirescam_jax.explanations.inputs import occlusion
+from hirescam_jax.explanations.methods import METHODS
 from hirescam_jax.losses import mask_loss
 from hirescam_jax.models import AxialNet, Conv3DNet
 

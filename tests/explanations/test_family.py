@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from hirescam_jax.explanations import family as cam_family
-from hirescam_jax.explanations.cam import METHODS, explain, gradcam, hirescam
+from hirescam_jax.explanations.cam import gradcam, hirescam
+from hirescam_jax.explanations.explain import explain
 from hirescam_jax.explanations.family import (
     ablationcam,
     class_activation_map,
@@ -23,6 +24,7 @@ from hirescam_jax.explanations.family import (
     scorecam,
     xgradcam,
 )
+from hirescam_jax.explanations.methods import METHODS
 from hirescam_jax.models import AxialNet
 
 GRIDS = {"1D": (7,), "2D": (4, 3), "3D": (3, 2, 4)}

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hirescam_jax.explanations.cam import METHODS, explain, hirescam
+from hirescam_jax.explanations.cam import hirescam
+from hirescam_jax.explanations.explain import explain
 from hirescam_jax.explanations.family import scorecam
 from hirescam_jax.explanations.independence import keeps_apart
 from hirescam_jax.explanations.inputs import (
@@ -18,6 +19,7 @@ from hirescam_jax.explanations.inputs import (
     occlusion,
     smoothgrad,
 )
+from hirescam_jax.explanations.methods import METHODS
 from hirescam_jax.models import (
     VGG,
     AxialNet,

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hirescam_jax.explanations import cam, verdict
-from hirescam_jax.explanations.cam import METHODS, explain, gradcam, hirescam, model_verdict
+from hirescam_jax.explanations import explain as explaining
+from hirescam_jax.explanations import verdict
+from hirescam_jax.explanations.cam import gradcam, hirescam
+from hirescam_jax.explanations.explain import explain, model_verdict
 from hirescam_jax.explanations.family import class_activation_map
+from hirescam_jax.explanations.methods import METHODS
 from hirescam_jax.explanations.verdict import head_verdict
 from hirescam_jax.models import AxialNet, Conv3DNet
 
@@ -347,8 +350,10 @@ def small(pool: str):
 
 def test_explain_tells_it_once_for_a_model_and_shape(monkeypatch):
     asked = []
-    cam._verdict_of_form.cache_clear()
-    monkeypatch.setattr(cam, "head_verdict", lambda *a: asked.append(a) or verdict.head_verdict(*a))
+    explaining._verdict_of_form.cache_clear()
+    monkeypatch.setattr(
+        explaining, "head_verdict", lambda *a: asked.append(a) or verdict.head_verdict(*a)
+    )
     model, variables, volumes = small("max")
     found = explain(model, variables, volumes)
     assert found.verdict is not None
@@ -390,14 +395,14 @@ def test_the_verdict_on_a_model_does_not_depend_on_its_values():
     model = Layers()
     x = jnp.asarray(RNG.normal(size=SHAPE), jnp.float32)
     variables = jax.jit(model.init)(jax.random.key(0), x)
-    cam._verdict_of_form.cache_clear()
+    explaining._verdict_of_form.cache_clear()
     found = []
     for bias in (1e-7, 1.0):
         moved = jax.tree.map(lambda v, b=bias: v if v.ndim > 1 else v + b, variables)
         found.append(model_verdict(model, moved, SHAPE))
     assert found[0] == found[1]
     assert found[0].kind == "none"
-    info = cam._verdict_of_form.cache_info()
+    info = explaining._verdict_of_form.cache_info()
     assert (info.hits, info.misses) == (1, 1)
     assert info.maxsize
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hirescam_jax.evaluation.text import LESION_MEASURES
+from hirescam_jax.explanations.methods import EVALUATED
 from hirescam_jax.reports.tables import MISSING, Interval
 from hirescam_jax.reports.text import MAP_NAMES
 
@@ -43,7 +44,7 @@ class Measure:
 
 
 def _organ_iou(name: str) -> Measure:
-    own = name in ("hirescam", "gradcam")
+    own = name in EVALUATED
     title = f"OrganIoU {MAP_NAMES[name]}"
     return Measure(title, lambda e: e["organ_iou"].get(name), int(own), name if own else "")
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from hirescam_jax.errors import UserError
 from hirescam_jax.evaluation.values import Values
+from hirescam_jax.explanations.methods import EVALUATED
 from hirescam_jax.metrics import delong_test
 from hirescam_jax.metrics.bootstrap import (
     Resampled,
@@ -22,7 +23,6 @@ from hirescam_jax.progress import progress
 from hirescam_jax.reports.tables import MISSING, Interval, Table
 from hirescam_jax.reports.text import MAP_NAMES
 
-MAPS = ("hirescam", "gradcam")  # the model's
 Row = tuple[tuple[str, ...], dict[str, Interval]]  # texts, and a cell a column
 
 
@@ -127,7 +127,7 @@ def _in_order(values: Values, labels: Sequence[str]) -> Values:
 def _same_pairs(first: Values, other: Values) -> tuple[dict, dict, str]:
     """OrganIoU of the model's maps of both, NaN where either is: an organ may have no cell on one
     network's grid and some on another's. Also how many pairs that leaves out, in words."""
-    maps = [name for name in MAPS if name in first.organ_iou and name in other.organ_iou]
+    maps = [name for name in EVALUATED if name in first.organ_iou and name in other.organ_iou]
     old, new = ({name: one.organ_iou[name] for name in maps} for one in (first, other))
     texts = []
     for name in maps:
