@@ -1,12 +1,11 @@
 """hirescam evaluate, explain, localize, table, compare, voc."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
 from hirescam_jax.cli.options import RunFolder, names_of
-from hirescam_jax.errors import UserError
 from hirescam_jax.explanations.methods import MethodName
 
 
@@ -36,54 +35,12 @@ def evaluate(
         sanity: randomise the layers one after the other, with the maps of so many test volumes;
             also a picture beside the JSON file.
     """
-    import json
-
-    from hirescam_jax.config import measured_alike
-    from hirescam_jax.data.pipeline import digest_of
-    from hirescam_jax.devices import processes
-    from hirescam_jax.evaluation import checks as evaluate_checks
-    from hirescam_jax.evaluation.evaluate import evaluate_run
-    from hirescam_jax.evaluation.resume import Kept
-    from hirescam_jax.evaluation.text import table
-    from hirescam_jax.evaluation.values import Values
-    from hirescam_jax.files import atomic_file
+    from hirescam_jax.evaluation.evaluate import evaluate_to_file
     from hirescam_jax.runs.run import load_run
-    from hirescam_jax.runs.setup import open_data
 
     opened = load_run(run, checkpoint).on_mesh(depth_devices)
-    config = measured_alike(opened.config)
-    splits = {"val": open_data(config, "val", with_lesions=True)}
-    if split == "test":
-        try:
-            splits["test"] = open_data(config, "test", with_lesions=True)
-        except UserError as error:
-            raise UserError(f"{error}; to measure the validation split: --split val") from error
-    facts = {**opened.header.facts(**{n: len(s) for n, s in splits.items()}), "format": "2"}
-    facts["step"] = str(opened.step)
-    facts["content of the splits"] = str(list(map(digest_of, splits.values())))
-    processes.agree(facts)
     target = out or run / "evaluation.json"
-    kept = Kept(target.with_name(f".{target.stem}_batches"), facts)
-    values: dict[str, Values] = {}
-    options: Any = {"faithfulness": faithfulness, "sanity": sanity, "kept": kept, "values": values}
-    result = evaluate_run(opened, splits["val"], splits.get("test"), **options)
-
-    def write() -> None:
-        for name, of_split in values.items():
-            of_split.save(target.with_name(f"{target.stem}_{name}.npz"))
-        with atomic_file(target) as temporary:
-            temporary.write_text(json.dumps({"step": opened.step, **result}, indent=2))
-        print(table(result))
-        if faithfulness:
-            print(f"\n{evaluate_checks.faithfulness_table(result['faithfulness'])}")
-        if sanity:
-            picture = target.with_name(f"{target.stem}_sanity.png")
-            evaluate_checks.save_sanity_picture(picture, result["sanity"])
-            print(picture)
-        print(target)
-
-    processes.on_first(write)
-    kept.remove()
+    evaluate_to_file(opened, target, split=split, faithfulness=faithfulness, sanity=sanity)
 
 
 def explain(

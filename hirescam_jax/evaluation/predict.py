@@ -1,6 +1,7 @@
 """A split's predictions and its maps' measures, computed batch by batch on all devices."""
 
 import math
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -47,8 +48,8 @@ def predict_step(
     one program; with what is needed to measure more afterwards: the masks, and the maps where there
     are lesions. Of a model whose maps have no slices (CTNet) there are no maps."""
     methods = EVALUATED if config.model.depth_unit is not None else ()
-    options: Any = {"config": config, "layout": layout, "methods": methods}
-    logits, maps = explain_step(variables, batch["volume"], **options)
+    volume = batch["volume"]
+    logits, maps = explain_step(variables, volume, config=config, layout=layout, methods=methods)
     masks = {n: batch[n][:, :, : layout.cells] for n in ("regions", "lesions") if n in batch}
     allowed = allowed_of(batch["findings"], masks["regions"])
     return {
@@ -66,12 +67,15 @@ def predict_step(
 
 
 @jax.jit
-def pairs_step(findings: Any, regions: Any, lesions: Any, baselines: Any, maps: Any) -> Any:
+def pairs_step(
+    findings: Array, regions: Array, lesions: Array | None, baselines: Array, maps: Array | None
+) -> dict[str, Array]:
     """What the model's pass did not measure, of P pairs of a volume and a label that it has.
 
     Args:
         findings: [P, 1, R]; regions: [P, R, d, h, w]; lesions: [P, 1, d, h, w] or None.
-        baselines: [P, 3, d, h, w], NaN where one is missing; maps: [P, M, d, h, w], the model's.
+        baselines: [P, 3, d, h, w], NaN where one is missing.
+        maps: [P, M, d, h, w], the model's; None without lesions.
 
     Returns:
         "organ_iou" [P, 3, T] of the baselines; with lesions also IoU with them [P, M + 3, T] at
@@ -85,7 +89,7 @@ def pairs_step(findings: Any, regions: Any, lesions: Any, baselines: Any, maps: 
     allowed = jnp.broadcast_to(allowed_of(findings, regions), baselines.shape)
     iou = organ_iou(normalize_map(baselines), allowed, ORGAN_IOU_THRESHOLDS)
     measures = {"organ_iou": of_known(baselines, iou)}
-    if lesions is None:
+    if lesions is None or maps is None:
         return measures
     maps = jnp.concatenate([maps, baselines], axis=1)
     lesions = jnp.broadcast_to(lesions, maps.shape)
@@ -102,7 +106,7 @@ def pairs_step(findings: Any, regions: Any, lesions: Any, baselines: Any, maps: 
 
 
 @cache
-def _predict_program(config: Config, layout: Layout) -> Any:
+def _predict_program(config: Config, layout: Layout) -> Callable[..., dict[str, Any]]:
     program = partial(predict_step, config=config, layout=layout)
     everywhere = sharding.replicated(layout.mesh)
     return jax.jit(program, out_shardings=everywhere, compiler_options=compiler_options())
@@ -181,7 +185,8 @@ def predict(
         lesions = own = None
         if maps is not None:
             lesions, own = masks("lesions", n)[np.arange(size), k][:, None], maps[some]
-        baselines = baseline_maps(prior[k][:, None], n, k[:, None])
+        of_labels = prior[k][:, None]
+        baselines = baseline_maps(of_labels.shape, n, k[:, None], of_labels)
         baselines = np.concatenate([*baselines.values()], axis=1)
         inputs = findings[n, k][:, None], masks("regions", n), lesions, baselines, own
         measured.append(jax.device_get(pairs_step(*inputs)))

@@ -1,12 +1,27 @@
 """From the measures of each volume to what is reported: thresholds, means, intervals."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy.special import expit
 
+from hirescam_jax.evaluation.result import (
+    Calibration,
+    CalibrationScores,
+    Completeness,
+    DeLongInterval,
+    Evaluation,
+    LabelScores,
+    LesionScores,
+    MapScores,
+    OfPairs,
+    RankScores,
+    ReliabilityTable,
+    Thresholds,
+)
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
     best_threshold,
@@ -18,6 +33,7 @@ from hirescam_jax.metrics import (
 )
 from hirescam_jax.metrics.bootstrap import (
     MIN_GROUPS,
+    Interval,
     Resampled,
     draws,
     group_numbers,
@@ -27,10 +43,11 @@ from hirescam_jax.metrics.bootstrap import (
     null,
     resampled_means,
     resampled_ranks,
-    within_unit,
 )
 
 BINS = 10  # of equal width, for the calibration
+
+Key = str | tuple[str, str]  # a method, for OrganIoU; or a method and a measure, against lesions
 
 
 class Predictions(NamedTuple):
@@ -56,13 +73,13 @@ class Predictions(NamedTuple):
 class Measured(NamedTuple):
     """Measures of maps at the chosen thresholds.
 
-    thresholds: by method, or (method, "iou") against lesions, then by label; None for a label
-        without a measured map in the validation split.
-    values: by method, or (method, measure) against lesions, [N, K]; NaN where not defined.
+    thresholds: of OrganIoU and of "iou" against lesions, by label; None for a label without a
+        measured map in the validation split.
+    values: [N, K]; NaN where not defined.
     """
 
-    thresholds: dict[Any, dict[str, float | None]]
-    values: dict[Any, Float[np.ndarray, "N K"]]
+    thresholds: dict[Key, Thresholds]
+    values: dict[Key, Float[np.ndarray, "N K"]]
 
 
 def choose_thresholds(validation: Predictions) -> dict[str, np.ndarray]:
@@ -71,7 +88,7 @@ def choose_thresholds(validation: Predictions) -> dict[str, np.ndarray]:
     return {name: _best(iou_NKT) for name, iou_NKT in validation.organ_iou.items()}
 
 
-def named_thresholds(labels: Sequence[str], chosen: np.ndarray) -> dict[str, float | None]:
+def named_thresholds(labels: Sequence[str], chosen: np.ndarray) -> Thresholds:
     """{label: threshold} of indices as `choose_thresholds` gives them; None for -1."""
     numbers = ORGAN_IOU_THRESHOLDS[chosen].tolist()
     return {
@@ -89,7 +106,7 @@ def at_thresholds(labels: Sequence[str], validation: Predictions, test: Predicti
     `validation`."""
     found = Measured({}, {})
 
-    def at_best(key: Any, chosen: np.ndarray, on_test: np.ndarray) -> np.ndarray:
+    def at_best(key: Key, chosen: np.ndarray, on_test: np.ndarray) -> np.ndarray:
         found.thresholds[key] = named_thresholds(labels, chosen)
         values = np.take_along_axis(on_test, np.maximum(chosen, 0)[None, :, None], axis=2)[..., 0]
         return np.where(chosen >= 0, values, np.nan)
@@ -106,7 +123,7 @@ def at_thresholds(labels: Sequence[str], validation: Predictions, test: Predicti
     return found
 
 
-def evaluate(
+def summarise(
     labels: tuple[str, ...],
     validation: Predictions,
     test: Predictions,
@@ -115,12 +132,12 @@ def evaluate(
     *,
     regions: Sequence[str] = (),
     patients: Sequence[str] | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """All measures of a test split, with 95 % bootstrap intervals over its patients.
 
     Maps are binarised at the threshold that was best on the validation split, per label and
     method, frozen for the test; measures of maps are over the volumes in which the label is truly
-    present. What is not defined is null: of a label without positives all of its measures, of one
+    present. What is not defined is None: of a label without positives all of its measures, of one
     without negatives AUROC, of one without a threshold OrganIoU.
 
     A mean is over the labels that are defined and have two positive patients (and, for AUROC, two
@@ -138,37 +155,6 @@ def evaluate(
         patients: of each test volume; all volumes of a patient are drawn together. By default each
             volume stands alone.
 
-    Returns:
-        A tree for JSON. An *interval* is {"value", "low", "high"}, each a number or null. A
-        *measure* is {"mean": interval, "defined": number of labels in the mean, "labels": {label:
-        interval}} with one entry for every label.
-
-        "volumes": of the test split. "patients": how many were resampled.
-        "grid": [d, h, w] of the maps, null without maps.
-        "positives": {label: volumes}. "positive_patients": {label: patients}.
-        "auroc": a measure, and "delong": {label: {"low", "high", "standard_error"}}: intervals by
-            DeLong's variance, by patient; an interval with as many patients as above.
-        "average_precision": a measure.
-        "calibration": {"bins": M, "expected_calibration_error": measure, "brier": measure,
-            "reliability": {label: {"count", "probability", "frequency"}}}: lists of M bins of equal
-            width over [0, 1], null in empty bins. The error is debiased
-            (`hirescam_jax.metrics.calibration_error_of_bins`), with the plain one under "plug_in":
-            {label: number or null}, and its interval as `calibration_interval`'s.
-        "organ_iou": {method: a measure, and "thresholds": {label: number or null}, "pairs" of
-            volume and label that it is over, "undefined_pairs": with a finding, but without a
-            measure, and "regions": {region: interval and "pairs"}}: by the region in which the
-            finding is; {} without `regions`. Methods: "hirescam" and "gradcam", then the baselines
-            "organ_prior", "centre_blob", "random" (`hirescam_jax.metrics.baselines`).
-        "lesions": null where the data has none, else {method: {"iou", "dice", "otsu_iou",
-            "otsu_dice", "pointing", "energy", "rank_accuracy", "average_precision"}}: measures
-            against the lesions on the feature grid, with "pairs" and "undefined_pairs" (a lesion
-            without a cell, say). "iou" has its own "thresholds", which "dice" shares; it is a mean
-            over volumes of each one's own.
-        "completeness": null without maps, else {"mean", "worst"} over all volumes and labels of
-            |sum of the HiResCAM map + bias - logit|.
-
-        `evaluate_run` and `hirescam evaluate` put more beside them.
-
     Raises:
         ValueError: patients of another length, predictions of other labels, a split without
             volumes, or a score that is not a finite number.
@@ -185,64 +171,64 @@ def evaluate(
         value = np.where(present, found.value, np.nan)
         return found._replace(value=value, groups=np.minimum(found.groups, positive_patients))
 
-    def measure(found: Resampled) -> dict[str, Any]:
+    def measure(found: Resampled) -> LabelScores:
         """Means and intervals of labels; of those alone that are present."""
         found = of_present(found)
-        return {
-            "mean": intervals(mean_of(found, found.in_mean))[0],
-            "defined": int(found.in_mean.sum()),
-            "labels": dict(zip(labels, intervals(found), strict=True)),
-        }
+        return LabelScores(
+            mean=intervals(mean_of(found, found.in_mean))[0],
+            defined=int(found.in_mean.sum()),
+            labels=dict(zip(labels, intervals(found), strict=True)),
+        )
 
-    def of_values(values: np.ndarray) -> dict[str, Any]:
+    def of_values(values: np.ndarray) -> LabelScores:
         return measure(resampled_means(values, times, numbers))
 
-    def of_pairs(values: np.ndarray) -> dict[str, Any]:
+    def of_map(key: Key) -> MapScores:
+        values = maps.values[key]
         pairs = int((~np.isnan(values)).sum())
-        counts = {"pairs": pairs, "undefined_pairs": int(test.labels.sum()) - pairs}
-        return {**of_values(values), **counts}
+        undefined = int(test.labels.sum()) - pairs
+        thresholds = maps.thresholds.get(key)
+        scores = vars(of_values(values))
+        return MapScores(**scores, pairs=pairs, undefined_pairs=undefined, thresholds=thresholds)
 
-    def of_map(name: str) -> dict[str, Any]:
-        values = maps.values[name]
+    def organ_iou(name: str) -> MapScores:
         organs = {}
         if test.findings is not None and regions:
-            organs = _by_region(values, test.findings, regions, times, numbers)
-        return {**of_pairs(values), "thresholds": maps.thresholds[name], "regions": organs}
+            organs = _by_region(maps.values[name], test.findings, regions, times, numbers)
+        return dataclasses.replace(of_map(name), regions=organs)
 
     aurocs, precisions = resampled_ranks(test.logits, test.labels, times, numbers)
-    lesions: dict[str, dict[str, Any]] = {}
-    for key, values in maps.values.items():
+    lesions: dict[str, dict[str, MapScores]] = {}
+    for key in maps.values:
         if isinstance(key, tuple):
-            lesions.setdefault(key[0], {})[key[1]] = of_pairs(values)
-    for name, of_lesions in lesions.items():
-        of_lesions["iou"]["thresholds"] = maps.thresholds[name, "iou"]
+            lesions.setdefault(key[0], {})[key[1]] = of_map(key)
     precision = measure(precisions)
     error, sums = _calibration_error(probabilities, test.labels, times)
     plug_in = np.where(present, calibration_error_of_bins(*sums).plug_in, np.nan)
+    errors = _from_chance(_cut(measure(error)), of_present(error).in_mean, sums)
     residuals = test.residuals
-    return {
-        "volumes": len(test.labels),
-        "patients": int(numbers.max()) + 1,
-        "grid": None if test.prior is None else list(test.prior.shape[1:]),
-        "positives": dict(zip(labels, test.labels.sum(0).tolist(), strict=True)),
-        "positive_patients": dict(zip(labels, positive_patients.tolist(), strict=True)),
-        "auroc": {**measure(aurocs), "delong": _delong(labels, test, numbers)},
-        "average_precision": _cut(precision),
-        "calibration": {
-            "bins": BINS,
-            "expected_calibration_error": {
-                **_from_chance(_cut(measure(error)), of_present(error).in_mean, sums),
-                "plug_in": dict(zip(labels, map(null, plug_in), strict=True)),
-            },
-            "brier": of_values((probabilities - test.labels) ** 2),
-            "reliability": _reliability(labels, probabilities, test.labels),
-        },
-        "organ_iou": {name: of_map(name) for name in test.organ_iou},
-        "lesions": lesions or None,
-        "completeness": residuals
+    return Evaluation(
+        volumes=len(test.labels),
+        patients=int(numbers.max()) + 1,
+        grid=None if test.prior is None else test.prior.shape[1:],
+        positives=dict(zip(labels, test.labels.sum(0).tolist(), strict=True)),
+        positive_patients=dict(zip(labels, positive_patients.tolist(), strict=True)),
+        auroc=RankScores(**vars(measure(aurocs)), delong=_delong(labels, test, numbers)),
+        average_precision=_cut(precision),
+        calibration=Calibration(
+            bins=BINS,
+            expected_calibration_error=CalibrationScores(
+                **vars(errors), plug_in=dict(zip(labels, map(null, plug_in), strict=True))
+            ),
+            brier=of_values((probabilities - test.labels) ** 2),
+            reliability=_reliability(labels, probabilities, test.labels),
+        ),
+        organ_iou={name: organ_iou(name) for name in test.organ_iou},
+        lesions={name: LesionScores(**of) for name, of in lesions.items()} or None,
+        completeness=None
         if residuals is None
-        else {"mean": float(residuals.mean()), "worst": float(residuals.max())},
-    }
+        else Completeness(float(residuals.mean()), float(residuals.max())),
+    )
 
 
 def _by_region(
@@ -251,7 +237,7 @@ def _by_region(
     regions: Sequence[str],
     times: np.ndarray,
     numbers: np.ndarray,
-) -> dict[str, Any]:
+) -> dict[str, OfPairs]:
     """Means over the pairs of volume and label whose finding is in a region."""
     counts = (findings > 0) * ~np.isnan(values)[..., None]
     sums = (counts * np.nan_to_num(values)[..., None]).sum(1)
@@ -259,7 +245,7 @@ def _by_region(
     found = intervals(resampled_means(sums, times, numbers, counts))
     pairs = counts.sum(0).astype(int).tolist()
     named = zip(regions, found, pairs, strict=True)
-    return {region: {**interval, "pairs": count} for region, interval, count in named}
+    return {region: OfPairs(**vars(interval), pairs=count) for region, interval, count in named}
 
 
 def _calibration_error(
@@ -284,25 +270,26 @@ def _calibration_error(
 
 
 def _from_chance(
-    measure: dict[str, Any], in_mean: np.ndarray, sums: Sequence[np.ndarray]
-) -> dict[str, Any]:
+    measure: LabelScores, in_mean: np.ndarray, sums: Sequence[np.ndarray]
+) -> LabelScores:
     """With intervals from 0 where the error is `calibration_error_within_chance`."""
 
-    def from_chance(interval: dict[str, float | None], chosen: Any) -> dict[str, float | None]:
-        if interval["low"] and calibration_error_within_chance(*(part[chosen] for part in sums)):
-            return {**interval, "low": 0.0}
+    def from_chance(interval: Interval, chosen: np.ndarray | list[int]) -> Interval:
+        if interval.low and calibration_error_within_chance(*(part[chosen] for part in sums)):
+            return dataclasses.replace(interval, low=0.0)
         return interval
 
-    named = enumerate(measure["labels"].items())
+    named = enumerate(measure.labels.items())
     of_labels = {label: from_chance(interval, [k]) for k, (label, interval) in named}
-    return {**measure, "mean": from_chance(measure["mean"], in_mean), "labels": of_labels}
+    mean = from_chance(measure.mean, in_mean)
+    return dataclasses.replace(measure, mean=mean, labels=of_labels)
 
 
-def _cut(measure: dict[str, Any]) -> dict[str, Any]:
+def _cut(measure: LabelScores) -> LabelScores:
     """With all figures in [0, 1]: a debiased error can be a little below 0, and an interval that is
     moved for its bias can end outside."""
-    of_labels = {label: within_unit(interval) for label, interval in measure["labels"].items()}
-    return {**measure, "mean": within_unit(measure["mean"]), "labels": of_labels}
+    of_labels = {label: interval.within_unit() for label, interval in measure.labels.items()}
+    return dataclasses.replace(measure, mean=measure.mean.within_unit(), labels=of_labels)
 
 
 def _check(labels: Sequence[str], validation: Predictions, test: Predictions) -> None:
@@ -324,7 +311,7 @@ def _check(labels: Sequence[str], validation: Predictions, test: Predictions) ->
 
 def _delong(
     labels: Sequence[str], test: Predictions, groups: np.ndarray
-) -> dict[str, dict[str, float | None]]:
+) -> dict[str, DeLongInterval]:
     found = {}
     for k, label in enumerate(labels):
         one = delong(test.logits[None, :, k], test.labels[:, k], groups)
@@ -332,24 +319,19 @@ def _delong(
         error = float(np.sqrt(one.covariance[0, 0]))
         if min(one.positives, one.negatives) < MIN_GROUPS:
             low = high = np.nan
-        found[label] = {"low": null(low), "high": null(high), "standard_error": null(error)}
+        found[label] = DeLongInterval(null(low), null(high), null(error))
     return found
 
 
 def _reliability(
     labels: Sequence[str], probabilities: np.ndarray, truth: np.ndarray
-) -> dict[str, dict[str, list]]:
-    tables = {
-        label: reliability(probabilities[:, k], truth[:, k], BINS) for k, label in enumerate(labels)
-    }
-    return {
-        label: {
-            "count": table.counts.tolist(),
-            "probability": [null(p) for p in table.probability],
-            "frequency": [null(f) for f in table.frequency],
-        }
-        for label, table in tables.items()
-    }
+) -> dict[str, ReliabilityTable]:
+    found = {}
+    for k, label in enumerate(labels):
+        table = reliability(probabilities[:, k], truth[:, k], BINS)
+        shares = (tuple(map(null, part)) for part in (table.probability, table.frequency))
+        found[label] = ReliabilityTable(tuple(table.counts.tolist()), *shares)
+    return found
 
 
 def _dice(iou: np.ndarray) -> np.ndarray:

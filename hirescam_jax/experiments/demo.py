@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from hirescam_jax.data.pipeline import InMemory, Source
 from hirescam_jax.data.specs import PhantomData
 from hirescam_jax.errors import UserError
 from hirescam_jax.evaluation.predict import predict
-from hirescam_jax.evaluation.summary import evaluate
+from hirescam_jax.evaluation.result import Evaluation, plain
+from hirescam_jax.evaluation.summary import summarise
 from hirescam_jax.experiments.demo_page import TITLES, Comparison, write_report
 from hirescam_jax.files import atomic_file
 from hirescam_jax.models import AxialNet
@@ -82,7 +84,7 @@ def demo(out: Path, config: Config | None = None) -> dict[str, Any]:
         raise UserError(f"{out}: exists; choose another folder with --out") from error
     sources = {split: _drawn(source, split) for split, source in opened.items()}
     runs: dict[str, Run] = {}
-    evaluations: dict[str, dict[str, Any]] = {}
+    evaluations: dict[str, Evaluation] = {}
     for name, weight in VARIANTS.items():
         say(f"training {name.replace('_', ' ')} (lambda = {weight:.3g})")
         variant = dataclasses.replace(config, mask_weight=weight)
@@ -90,11 +92,11 @@ def demo(out: Path, config: Config | None = None) -> dict[str, Any]:
         validation = predict(runs[name], sources["val"], "validation split")
         test = predict(runs[name], sources["test"], "test split", validation.prior)
         regions = runs[name].header.regions
-        evaluations[name] = evaluate(runs[name].labels, validation, test, regions=regions)
+        evaluations[name] = summarise(runs[name].labels, validation, test, regions=regions)
     metrics = summary(evaluations)
     metrics["seconds"] = round(time.perf_counter() - start, 1)
     with atomic_file(out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps({**metrics, "details": evaluations}, indent=2))
+        temporary.write_text(json.dumps({**metrics, "details": plain(evaluations)}, indent=2))
     say("writing report.html")
     assert isinstance(config.data, PhantomData)
     patients = Phantom(config.data.phantom, "test", config.data.test_size, (1, 1, 1))
@@ -114,14 +116,14 @@ def _drawn(source: Source, split: str) -> InMemory:
     return InMemory(source, workers=os.cpu_count() or 1, progress=bar)
 
 
-def summary(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summary(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
     """The figures that matter, without intervals and labels."""
     metrics: dict[str, Any] = {}
     for name, result in evaluations.items():
         metrics[name] = {
-            "auroc": result["auroc"]["mean"]["value"],
-            "average_precision": result["average_precision"]["mean"]["value"],
-            "organ_iou": {m: r["mean"]["value"] for m, r in result["organ_iou"].items()},
+            "auroc": result.auroc.mean.value,
+            "average_precision": result.average_precision.mean.value,
+            "organ_iou": {m: scores.mean.value for m, scores in result.organ_iou.items()},
         }
     before, after = (metrics[name]["organ_iou"]["hirescam"] for name in VARIANTS)
     known = bool(before) and after is not None
@@ -138,11 +140,10 @@ def gain_line(metrics: dict[str, Any]) -> str:
     return f"OrganIoU by HiResCAM {text} with the mask loss, AUROC {cost}"
 
 
-def summary_table(evaluations: dict[str, dict[str, Any]]) -> str:
+def summary_table(evaluations: Mapping[str, Evaluation]) -> str:
     """Both variants side by side, with 95 % intervals."""
     rows = [["test split, marks uninformative", "AUROC", "OrganIoU Grad-CAM", "OrganIoU HiResCAM"]]
     for name, result in evaluations.items():
-        iou = result["organ_iou"]
-        cells = (result["auroc"], iou["gradcam"], iou["hirescam"])
-        rows.append([TITLES[name], *(interval_text(c["mean"]) for c in cells)])
+        cells = result.auroc, result.organ_iou["gradcam"], result.organ_iou["hirescam"]
+        rows.append([TITLES[name], *(interval_text(c.mean) for c in cells)])
     return aligned(rows)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 
 from hirescam_jax.data.phantom.phantom import Phantom, PhantomCase, PhantomConfig
+from hirescam_jax.evaluation.result import Evaluation
 from hirescam_jax.explanations.cam import normalize_map
 from hirescam_jax.explanations.explain import explain, model_verdict
 from hirescam_jax.explanations.methods import EVALUATED, METHODS
@@ -33,7 +34,7 @@ class Comparison:
     """Both runs, their evaluations, the summary, and the phantom patients of the test split."""
 
     runs: dict[str, Run]
-    evaluations: dict[str, dict[str, Any]]
+    evaluations: dict[str, Evaluation]
     metrics: dict[str, Any]
     patients: Phantom
 
@@ -72,30 +73,31 @@ def _guarantees(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows(evaluations: dict[str, Evaluation]) -> list[dict[str, Any]]:
     """A row a label: AUROC and OrganIoU by HiResCAM of both trainings."""
     before, after = evaluations.values()
     rows = []
-    for label in before["auroc"]["labels"]:
+    for label in before.auroc.labels:
         rows.append(
             {
                 "label": label.replace("_", " "),
-                "auroc": [e["auroc"]["labels"][label] for e in (before, after)],
-                "gradcam": [e["organ_iou"]["gradcam"]["labels"][label] for e in (before, after)],
-                "hirescam": [e["organ_iou"]["hirescam"]["labels"][label] for e in (before, after)],
+                "auroc": [e.auroc.labels[label] for e in (before, after)],
+                "gradcam": [e.organ_iou["gradcam"].labels[label] for e in (before, after)],
+                "hirescam": [e.organ_iou["hirescam"].labels[label] for e in (before, after)],
             }
         )
     return rows
 
 
-def _map_rows(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _map_rows(evaluations: dict[str, Evaluation]) -> list[dict[str, Any]]:
     """A row a map, those that no model made too: means over labels of both trainings."""
     before, after = evaluations.values()
     rows = []
     for name, title in MAP_NAMES.items():
-        measures = [[e["organ_iou"][name]["mean"] for e in (before, after)]]
-        for key in ("pointing", "energy", "iou"):
-            measures.append([e["lesions"][name][key]["mean"] for e in (before, after)])
+        measures = [[e.organ_iou[name].mean for e in (before, after)]]
+        lesions = [(e.lesions or {})[name] for e in (before, after)]
+        measures += [[of.pointing.mean for of in lesions], [of.energy.mean for of in lesions]]
+        measures += [[of.iou.mean for of in lesions]]
         rows.append({"title": title, "of_model": name in METHODS, "measures": measures})
     return rows
 
@@ -128,16 +130,14 @@ def _curves(runs: dict[str, Run]) -> Figure:
     return figure
 
 
-def _bars(evaluations: dict[str, dict[str, Any]]) -> Figure:
+def _bars(evaluations: dict[str, Evaluation]) -> Figure:
     """OrganIoU by HiResCAM, a pair of bars a label, with intervals."""
     figure, (ax,) = _figure(9.6, 3.0, 1)
-    labels = list(next(iter(evaluations.values()))["auroc"]["labels"])
+    labels = list(next(iter(evaluations.values())).auroc.labels)
     for i, (name, result) in enumerate(evaluations.items()):
-        intervals = [result["organ_iou"]["hirescam"]["labels"][label] for label in labels]
-        value, low, high = (
-            np.array([c[k] if c[k] is not None else np.nan for c in intervals], float)
-            for k in ("value", "low", "high")
-        )
+        intervals = result.organ_iou["hirescam"].labels.values()
+        # None becomes NaN.
+        value, low, high = np.array([(i.value, i.low, i.high) for i in intervals], float).T
         x = np.arange(len(labels)) + (i - 0.5) * 0.38
         ax.bar(x, value, 0.36, color=COLORS[name], label=TITLES[name])
         ax.errorbar(x, value, [value - low, high - value], fmt="none", ecolor="#333", lw=1)

@@ -87,12 +87,18 @@ BASELINES = ("organ_prior", "centre_blob", "random")
 
 
 def baseline_maps(
-    prior: np.ndarray, index: np.ndarray, labels: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Maps that no model made, like `prior` [B, L, d, h, w], of volumes with these numbers [B] in
-    their split and of labels [B, L]."""
-    return {
-        "organ_prior": prior.astype(np.float32),
-        "centre_blob": centre_blob(prior.shape),
-        "random": random_maps(prior.shape, index=index, labels=labels),
-    }
+    shape: Sequence[int],
+    index: np.ndarray,
+    labels: Int[np.ndarray, "B K"],
+    prior: np.ndarray | None = None,
+    seed: int = 0,
+) -> dict[str, Float[np.ndarray, "B K *grid"]]:
+    """Maps that no model made, by their name in `BASELINES`, of volumes with these numbers [B] in
+    their split and of labels with these; arguments as `random_maps`.
+
+    Args:
+        prior: the organ prior of each map [B, K, *grid]; without one there is none.
+    """
+    own = {} if prior is None else {"organ_prior": prior.astype(np.float32)}
+    blob, noise = centre_blob(shape), random_maps(shape, seed, index, labels)
+    return {**own, "centre_blob": blob, "random": noise}

@@ -1,8 +1,8 @@
 """Intervals by the bootstrap over cases, or over groups of them (patients).
 
 `bootstrap` takes any statistic. `resampled_ranks` and `resampled_means` know how often each case is
-drawn, so that one sorting of the scores serves all resamples: seconds for a thousand of them,
-thousands of volumes and all labels.
+drawn (`draws`, of the same resamples), so that one sorting of the scores serves all of them:
+seconds for a thousand resamples, thousands of volumes and all labels.
 
 What the nominal 95 % cover, in simulations with a known truth:
 
@@ -18,6 +18,7 @@ What the nominal 95 % cover, in simulations with a known truth:
   value itself there is too much bias for any: of the 80 labels it would cover 0.77. It is left out.
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -29,7 +30,30 @@ from hirescam_jax.metrics.predictions import nan_mean
 
 Key = TypeVar("Key", bound=Hashable)
 
+MIN_GROUPS = 5  # fewer tell too little of how a measure varies
 MIN_IN_MEAN = 2  # groups (of each class) that a label needs to be in a mean over labels
+
+# Indices that the bootstrap hands to its statistic at once: bounds the memory.
+_DRAWN_AT_ONCE = 2**19
+# Sums of the same numbers in another order differ by rounding.
+_ROUNDING = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A figure and the ends of its 95 % interval; None for what is not defined, as in JSON."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    def within_unit(self) -> "Interval":
+        """With the figures outside [0, 1] moved to its ends."""
+        ends = (self.value, self.low, self.high)
+        return Interval(*(None if v is None else min(max(v, 0.0), 1.0) for v in ends))
+
+
+UNKNOWN = Interval(None, None, None)
 
 
 class Ranked(NamedTuple):
@@ -54,18 +78,82 @@ def groups_in(mask: Bool[np.ndarray, "N C"], numbers: np.ndarray) -> np.ndarray:
     return ((member @ mask.astype(float)) > 0).sum(0)
 
 
+def _drawn_groups(count: int, resamples: int, seed: int) -> Integer[np.ndarray, "S G"]:
+    """The numbers of the groups in each resample."""
+    return np.random.default_rng(seed).integers(count, size=(resamples, count))
+
+
 def draws(numbers: np.ndarray, resamples: int, seed: int) -> Float[np.ndarray, "N S"]:
-    """How often each of N cases is in each resample; all cases of a group are drawn together. The
-    draws are those of `hirescam_jax.metrics.bootstrap`.
+    """How often each of N cases is in each resample; all cases of a group are drawn together.
 
     Args:
         numbers: `group_numbers`.
     """
     count = int(numbers.max()) + 1
-    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    drawn = _drawn_groups(count, resamples, seed)
     places = drawn + count * np.arange(resamples)[:, None]
     times_SG = np.bincount(places.reshape(-1), minlength=drawn.size).reshape(drawn.shape)
     return np.ascontiguousarray(times_SG.T.astype(np.float32))[numbers]
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    num_cases: int,
+    resamples: int = 1000,
+    seed: int = 0,
+    groups: Sequence | np.ndarray | None = None,
+    target: np.ndarray | float | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """95 % bootstrap intervals over the cases of a split, or over groups of them.
+
+    They are too narrow for few cases or groups: of means they cover 0.84 to 0.87 with 5 and 0.91 to
+    0.94 with 10, and would cover half with 2. What counts is how many carry the information, the
+    positives for a measure of positives; of these the bootstrap knows nothing.
+
+    They are percentile intervals. A statistic that is biased is larger (or smaller) on resamples
+    than on the cases, so that its percentiles may not even hold its value. For such a one give its
+    `target`: what, of the cases themselves, the statistic estimates when it is given resamples
+    (`calibration_error_of_bins` has an example). Its interval is basic: the errors of the
+    resamples, statistic - target, around the value (A. C. Davison & D. V. Hinkley, Bootstrap
+    Methods and their Application, 1997, 5.2).
+
+    Args:
+        statistic: case indices [S, N] -> values [S, ...], vectorised over the S resamples.
+        groups: [num_cases], what each case belongs to (its patient): groups are drawn, each with
+            all of its cases, so that resamples differ in size and come singly (S = 1).
+        target: [...] or scalar; NaN for the values whose intervals are percentiles.
+
+    Returns:
+        value, low, high: each [...]; the statistic on all cases, and its interval from the
+        resamples in which it is defined. The interval is NaN where there are fewer than five
+        groups to draw from (`MIN_GROUPS`), or where all resamples agree (one positive case, a
+        perfect score): they tell nothing of the spread then.
+
+    Raises:
+        ValueError: groups of another length.
+    """
+    if groups is not None and len(groups) != num_cases:
+        raise ValueError(f"groups has {len(groups)} entries for {num_cases} cases: give one each")
+    value = np.asarray(statistic(np.arange(num_cases)[None])[0])
+    numbers = group_numbers(num_cases, groups)
+    count = int(numbers.max()) + 1 if num_cases else 0
+    if count < MIN_GROUPS:
+        unknown = np.full(value.shape, np.nan)
+        return value, unknown, unknown
+    drawn = _drawn_groups(count, resamples, seed)
+    if count == num_cases:
+        chunk = max(1, _DRAWN_AT_ONCE // num_cases)
+        parts = [statistic(drawn[i : i + chunk]) for i in range(0, resamples, chunk)]
+    else:
+        members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
+        parts = [statistic(np.concatenate([members[g] for g in row])[None]) for row in drawn]
+    columns = np.concatenate(parts).reshape(resamples, -1).T
+    low, high = (end.reshape(value.shape) for end in _percentiles(value.reshape(-1), columns))
+    if target is None:
+        return value, low, high
+    basic = ~np.isnan(target)
+    middle = value + np.where(basic, target, 0)
+    return value, np.where(basic, middle - high, low), np.where(basic, middle - low, high)
 
 
 def ranked(
@@ -216,124 +304,45 @@ def mean_of(measure: Resampled, chosen: Bool[np.ndarray, "C"]) -> Resampled:
     return Resampled(value.mean(0, keepdims=True), kept.mean(0, keepdims=True), groups[None])
 
 
-def intervals(measure: Resampled) -> list[dict[str, float | None]]:
-    """{"value", "low", "high"} of each column: 95 % percentile intervals of the resamples in which
-    it is defined. Null where it is not, where fewer than `MIN_GROUPS` groups stand behind it, where
-    all resamples agree (a perfect score, say), which tells nothing of the spread, or where the
-    interval would not hold the value (a measure of much bias)."""
-    value, drawn, groups = measure
+def _percentiles(
+    value: Float[np.ndarray, "C"], drawn: Float[np.ndarray, "C S"]
+) -> tuple[Float[np.ndarray, "C"], Float[np.ndarray, "C"]]:
+    """Both ends of the 95 % percentile intervals of columns, of the resamples in which each is
+    defined; NaN where it is in none, or where all agree, which tells nothing of the spread."""
     low, high = np.full((2, len(value)), np.nan)
-    known = (groups >= MIN_GROUPS) & ~np.isnan(value) & ~np.isnan(drawn).all(1)
+    known = ~np.isnan(drawn).all(1)
     if known.any():
         ends = np.nanpercentile(drawn[known], [0, 2.5, 97.5, 100], axis=1)
-        # Sums of the same numbers in another order differ by rounding.
-        agree = ends[3] - ends[0] <= 1e-12
-        left_out = agree | (value[known] < ends[1] - 1e-12) | (value[known] > ends[2] + 1e-12)
-        low[known], high[known] = (np.where(left_out, np.nan, end) for end in ends[1:3])
-    return [as_interval(*column) for column in zip(value, low, high, strict=True)]
+        size = np.maximum(1, np.abs(np.nan_to_num(value[known])))
+        vary = ends[3] - ends[0] > _ROUNDING * size
+        low[known], high[known] = np.where(vary, ends[1:3], np.nan)
+    return low, high
+
+
+def intervals(measure: Resampled) -> list[Interval]:
+    """Of each column, by percentiles of the resamples in which it is defined. None where it is not,
+    where fewer than `MIN_GROUPS` groups stand behind it, where all resamples agree (a perfect
+    score, say), or where the interval would not hold the value (a measure of much bias)."""
+    value, drawn, groups = measure
+    low, high = _percentiles(value, drawn)
+    outside = (value < low - _ROUNDING) | (value > high + _ROUNDING)
+    left_out = (groups < MIN_GROUPS) | np.isnan(value) | outside
+    low, high = (np.where(left_out, np.nan, end) for end in (low, high))
+    return [Interval(*map(null, column)) for column in zip(value, low, high, strict=True)]
 
 
 def mean_intervals(
     values: Mapping[Key, np.ndarray], groups: Sequence | np.ndarray, resamples: int = 1000
-) -> dict[Key, dict[str, float | None]]:
+) -> dict[Key, Interval]:
     """Means of columns [N] that may have NaN, with `intervals`; groups of cases are drawn."""
     columns = np.stack([*values.values()], axis=-1).astype(float)
     if not len(columns):
-        return {key: as_interval(*[np.nan] * 3) for key in values}
+        return dict.fromkeys(values, UNKNOWN)
     numbers = group_numbers(len(columns), groups)
     found = intervals(resampled_means(columns, draws(numbers, resamples, 0), numbers))
     return dict(zip(values, found, strict=True))
 
 
-def as_interval(value: float, low: float, high: float) -> dict[str, float | None]:
-    return {"value": null(value), "low": null(low), "high": null(high)}
-
-
-def within_unit(interval: dict[str, float | None]) -> dict[str, float | None]:
-    """With the figures outside [0, 1] moved to its ends."""
-    return {end: None if v is None else min(max(v, 0.0), 1.0) for end, v in interval.items()}
-
-
 def null(value: float) -> float | None:
     """For JSON, which has no NaN."""
     return None if np.isnan(value) else float(value)
-
-
-MIN_GROUPS = 5  # fewer tell too little of how a measure varies
-
-# Indices that the bootstrap hands to its statistic at once: bounds the memory.
-_DRAWN_AT_ONCE = 2**19
-
-
-def bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray],
-    num_cases: int,
-    resamples: int = 1000,
-    seed: int = 0,
-    groups: Sequence | np.ndarray | None = None,
-    target: np.ndarray | float | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """95 % bootstrap intervals over the cases of a split, or over groups of them.
-
-    They are too narrow for few cases or groups: of means they cover 0.84 to 0.87 with 5 and 0.91 to
-    0.94 with 10, and would cover half with 2. What counts is how many carry the information, the
-    positives for a measure of positives; of these the bootstrap knows nothing.
-
-    They are percentile intervals. A statistic that is biased is larger (or smaller) on resamples
-    than on the cases, so that its percentiles may not even hold its value. For such a one give its
-    `target`: what, of the cases themselves, the statistic estimates when it is given resamples
-    (`calibration_error_of_bins` has an example). Its interval is basic: the errors of the
-    resamples, statistic - target, around the value (A. C. Davison & D. V. Hinkley, Bootstrap
-    Methods and their Application, 1997, 5.2).
-
-    Args:
-        statistic: case indices [S, N] -> values [S, ...], vectorised over the S resamples.
-        groups: [num_cases], what each case belongs to (its patient): groups are drawn, each with
-            all of its cases, so that resamples differ in size and come singly (S = 1).
-        target: [...] or scalar; NaN for the values whose intervals are percentiles.
-
-    Returns:
-        value, low, high: each [...]; the statistic on all cases, and its interval from the
-        resamples in which it is defined. The interval is NaN where there are fewer than five
-        groups to draw from (`MIN_GROUPS`), or where all resamples agree (one positive case, a
-        perfect score): they tell nothing of the spread then.
-
-    Raises:
-        ValueError: groups of another length.
-    """
-    if groups is not None and len(groups) != num_cases:
-        raise ValueError(f"groups has {len(groups)} entries for {num_cases} cases: give one each")
-    rng = np.random.default_rng(seed)
-    value = np.asarray(statistic(np.arange(num_cases)[None])[0])
-    number = np.arange(num_cases) if groups is None else np.unique(groups, return_inverse=True)[1]
-    count = int(number.max()) + 1 if num_cases else 0
-    if count < MIN_GROUPS:
-        unknown = np.full(value.shape, np.nan)
-        return value, unknown, unknown
-    if count == num_cases:
-        chunk = max(1, _DRAWN_AT_ONCE // num_cases)
-        cases = rng.integers(num_cases, size=(resamples, num_cases))
-        draws = [statistic(cases[i : i + chunk]) for i in range(0, resamples, chunk)]
-    else:
-        members = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
-        drawn = rng.integers(count, size=(resamples, count))
-        draws = [statistic(np.concatenate([members[g] for g in row])[None]) for row in drawn]
-    return value, *_interval(value, np.concatenate(draws), target)
-
-
-def _interval(
-    value: np.ndarray, draws: np.ndarray, target: np.ndarray | float | None
-) -> tuple[np.ndarray, np.ndarray]:
-    # nanpercentile warns where a column has no value at all.
-    undefined = np.isnan(draws).all(axis=0)
-    low, high = np.nanpercentile(np.where(undefined, 0.0, draws), [2.5, 97.5], axis=0)
-    if target is not None:
-        basic = ~np.isnan(target)
-        middle = value + np.where(basic, target, 0)
-        low, high = np.where(basic, middle - high, low), np.where(basic, middle - low, high)
-    # Sums of the same numbers in another order differ by rounding.
-    spread = np.nanmax(np.where(undefined, 0.0, draws), axis=0) - np.nanmin(
-        np.where(undefined, 0.0, draws), axis=0
-    )
-    undefined |= spread <= 1e-12 * np.maximum(1, np.abs(value))
-    return np.where(undefined, np.nan, low), np.where(undefined, np.nan, high)

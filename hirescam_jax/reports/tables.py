@@ -3,15 +3,53 @@
 import csv
 import dataclasses
 import io
-from typing import Any
+from collections.abc import Callable
 
-# {"value", "low", "high"}, each None where it is not defined. Also "form", a format specification;
-# "holds", where the cell is of a map: whether it accounts for the score; "labels": how many are in
-# the mean, and "usual": in the others of its row; "other": whether it is of other volumes; and
-# "compared": whether it may be the best of its column.
-Interval = dict[str, Any]
-MISSING: Interval = {"value": None, "low": None, "high": None}
+from hirescam_jax.metrics.bootstrap import Interval
+from hirescam_jax.reports.text import interval_text
 
+
+@dataclasses.dataclass(frozen=True)
+class Cell(Interval):
+    """An interval in a table.
+
+    form: format specification.
+    holds: where it is of a map: whether that accounts for the score.
+    labels: how many are in the mean; usual: in the others of its row.
+    other: whether it is of other volumes.
+    compared: whether it may be the best of its column.
+    """
+
+    form: str = ".3f"
+    holds: bool | None = None
+    labels: int | None = None
+    usual: int | None = None
+    other: bool = False
+    compared: bool = True
+
+    @property
+    def text(self) -> str:
+        """ "0.812 [0.790, 0.833]", or "–" where it is not defined."""
+        text = interval_text(self, self.form, "–")
+        if self.value is not None and self.labels != self.usual:
+            text += f" ({self.labels} label{'s' * (self.labels != 1)})"
+        return text
+
+    @property
+    def comparable(self) -> bool:
+        """Whether it may be the best of its column: not a mean over fewer labels, nor of a map that
+        need not account for the score."""
+        alike = self.labels == self.usual and self.compared
+        return self.value is not None and alike and not self.unsure
+
+    @property
+    def unsure(self) -> bool:
+        return self.value is not None and self.holds is False
+
+
+MISSING = Cell(None, None, None)
+
+ENDS = ("value", "low", "high")
 CSV_NAMES = {"value": "", "low": "low", "high": "high", "labels": "labels", "holds": "guaranteed"}
 LONG = 40  # rows; more are not on one page
 MARK, OTHER = "†", "‡"
@@ -49,7 +87,7 @@ class Table:
     title: str
     head: tuple[str, ...]
     names: tuple[str, ...]
-    rows: tuple[tuple[tuple[str, ...], tuple[Interval, ...]], ...]
+    rows: tuple[tuple[tuple[str, ...], tuple[Cell, ...]], ...]
     better: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -59,7 +97,7 @@ class Table:
         kept = [
             column
             for column in range(len(self.names))
-            if any(cells[column]["value"] is not None for _, cells in self.rows)
+            if any(cells[column].value is not None for _, cells in self.rows)
         ]
         return dataclasses.replace(
             self,
@@ -78,7 +116,10 @@ class Table:
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         columns = list(zip(*(cells for _, cells in self.rows), strict=True))
-        parts = [[k for k in CSV_NAMES if any(k in cell for cell in cells)] for cells in columns]
+        parts = [
+            [k for k in CSV_NAMES if k in ENDS or any(getattr(c, k) is not None for c in cells)]
+            for cells in columns
+        ]
         titles = [
             f"{name} {CSV_NAMES[key]}".strip()
             for name, keys in zip(self.names, parts, strict=True)
@@ -86,7 +127,8 @@ class Table:
         ]
         writer.writerow([*self.head, *titles])
         for head, cells in self.rows:
-            figures = [cell.get(k) for cell, keys in zip(cells, parts, strict=True) for k in keys]
+            named = zip(cells, parts, strict=True)
+            figures = [getattr(cell, key) for cell, keys in named for key in keys]
             writer.writerow([*head, *map(_csv, figures)])
         return out.getvalue()
 
@@ -126,23 +168,24 @@ class Table:
         return "\n".join([needs, r"\begin{table}", *_in(parts), r"\end{table}", ""])
 
     def _notes(self) -> list[str]:
-        marked = any(_unsure(cell) for _, cells in self.rows for cell in cells)
+        marked = any(cell.unsure for _, cells in self.rows for cell in cells)
         return [*self.notes, *[NO_GUARANTEE] * marked]
 
-    def _cells(self, best_form: str, escape: Any = str) -> list[tuple[tuple[str, ...], list[str]]]:
+    def _cells(
+        self, best_form: str, escape: Callable[[str], str] = str
+    ) -> list[tuple[tuple[str, ...], list[str]]]:
         """Text of the cells; the best value of each column that is compared stands out."""
         best: list[float | None] = [None] * len(self.names)
         for column, sign in enumerate(self.better):
-            compared = [cells[column] for _, cells in self.rows if _comparable(cells[column])]
-            known = [sign * cell["value"] for cell in compared if sign]
+            compared = (cells[column] for _, cells in self.rows if cells[column].comparable)
+            known = [sign * cell.value for cell in compared if sign and cell.value is not None]
             best[column] = sign * max(known) if len(known) > 1 else None
 
-        def text(cell: Interval, top: float | None) -> str:
-            plain = escape(interval_text(cell))
-            best_one = _comparable(cell) and _is(cell["value"], top)
+        def text(cell: Cell, top: float | None) -> str:
+            plain = escape(cell.text)
+            best_one = cell.comparable and _is(cell.value, top)
             shown = best_form.format(plain) if best_one else plain
-            shown += escape(MARK) * _unsure(cell)
-            return shown + escape(OTHER) * bool(cell.get("other"))
+            return shown + escape(MARK) * cell.unsure + escape(OTHER) * cell.other
 
         return [
             (head, [text(cell, top) for cell, top in zip(cells, best, strict=True)])
@@ -150,34 +193,10 @@ class Table:
         ]
 
 
-def interval_text(cell: Interval) -> str:
-    """ "0.812 [0.790, 0.833]", or "–" where it is not defined."""
-    if cell["value"] is None:
-        return "–"
-    form = cell.get("form", ".3f")
-    text = f"{cell['value']:{form}}"
-    if cell.get("low") is not None:
-        text += f" [{cell['low']:{form}}, {cell['high']:{form}}]"
-    if cell.get("labels") != cell.get("usual"):
-        text += f" ({cell['labels']} label{'s' * (cell['labels'] != 1)})"
-    return text
-
-
-def _comparable(cell: Interval) -> bool:
-    """Whether it may be the best of its column: not a mean over fewer labels, nor of a map that
-    need not account for the score."""
-    alike = cell.get("labels") == cell.get("usual") and cell.get("compared", True)
-    return cell["value"] is not None and alike and not _unsure(cell)
-
-
 def _csv(figure: float | None) -> str:
     if isinstance(figure, bool):
         return "yes" if figure else "no"
     return "" if figure is None else f"{figure:.6g}"
-
-
-def _unsure(cell: Interval) -> bool:
-    return cell["value"] is not None and cell.get("holds") is False
 
 
 def _is(value: float | None, best: float | None) -> bool:

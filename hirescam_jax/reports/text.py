@@ -1,6 +1,7 @@
 """Texts that tables and pages share: aligned columns, intervals, names of maps."""
 
 from hirescam_jax.explanations.methods import EVALUATED, METHODS
+from hirescam_jax.metrics.bootstrap import Interval
 
 # As tables call them. The first are maps of the model.
 MAP_NAMES = {
@@ -24,13 +25,13 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def interval_text(interval: dict[str, float | None]) -> str:
-    """ "0.812 [0.790, 0.833]", or "n/a" where the measure is not defined."""
-    if interval["value"] is None:
-        return "n/a"
-    if interval["low"] is None:
-        return f"{interval['value']:.3f}"
-    return f"{interval['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+def interval_text(interval: Interval, form: str = ".3f", missing: str = "n/a") -> str:
+    """ "0.812 [0.790, 0.833]"; `missing` where the measure is not defined."""
+    if interval.value is None:
+        return missing
+    if interval.low is None:
+        return f"{interval.value:{form}}"
+    return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
 def map_name(name: str) -> str:

@@ -18,7 +18,8 @@ from hirescam_jax.errors import UserError
 from hirescam_jax.evaluation import compare
 from hirescam_jax.evaluation.evaluate import content_of
 from hirescam_jax.evaluation.predict import predict
-from hirescam_jax.evaluation.summary import choose_thresholds
+from hirescam_jax.evaluation.result import RunEvaluation, Thresholds, plain
+from hirescam_jax.evaluation.summary import Predictions, choose_thresholds, summarise
 from hirescam_jax.explanations.cam import normalize_map
 from hirescam_jax.explanations.explain import explain
 from hirescam_jax.metrics import ORGAN_IOU_THRESHOLDS, organ_iou, similarity
@@ -56,21 +57,22 @@ def test_maps_of_two_runs_by_hand(runs):
         present = np.flatnonzero(item["findings"].any(1))
         maps = [explain(r.model, r.variables, r.normalize(volume)).maps for r in runs]
         values += np.asarray(similarity(*maps).spearman)[0, present].tolist()
-    assert found["pairs"] == len(values)
-    assert (found["volumes"], found["patients"]) == (8, 8)
-    spearman = found["methods"]["hirescam"]["spearman"]
-    assert spearman["value"] == pytest.approx(np.nanmean(values), abs=1e-4)
-    assert spearman["low"] < spearman["value"] < spearman["high"]
-    assert abs(found["methods"]["random"]["spearman"]["value"]) < 0.1
+    assert found.pairs == len(values)
+    assert (found.volumes, found.patients) == (8, 8)
+    spearman = found.methods["hirescam"].spearman
+    assert spearman.value == pytest.approx(np.nanmean(values), abs=1e-4)
+    assert spearman.low < spearman.value < spearman.high
+    assert abs(found.methods["random"].spearman.value) < 0.1
     for of_method in (
-        found["methods"]["hirescam"],
-        *[v["hirescam"] for v in found["labels"].values()],
+        found.methods["hirescam"],
+        *[v.hirescam for v in found.labels.values()],
     ):
-        a, b, gain = (of_method[f"organ_iou_{x}"]["value"] for x in ("a", "b", "gain"))
+        measures = of_method.organ_iou_a, of_method.organ_iou_b, of_method.organ_iou_gain
+        a, b, gain = (measure.value for measure in measures)
         if None not in (a, b):
             assert 0 <= a <= 1
             assert gain == pytest.approx(a - b, abs=1e-6)
-    assert "NaN" not in json.dumps(found, allow_nan=False)
+    assert "NaN" not in json.dumps(plain(found), allow_nan=False)
     lines = compare.table(found).splitlines()
     assert lines[0] == (f"A: {runs[0].path}, step 1, seed 0; thresholds of its validation split")
     assert any(line.startswith("A and a random map") for line in lines)
@@ -93,6 +95,17 @@ def organ_iou_of(run: Run, volumes: list[int], threshold_of: dict[str, float]) -
     return found
 
 
+def evaluation_of(run: Run, split: Predictions, thresholds: Thresholds, content: str) -> dict:
+    """An evaluation.json of the validation split with such thresholds of both methods."""
+    scores = dataclasses.replace(summarise(run.labels, split, split, 5), content=content)
+    of_maps = {
+        name: dataclasses.replace(of_map, thresholds=thresholds)
+        for name, of_map in scores.organ_iou.items()
+    }
+    other = dataclasses.replace(scores, organ_iou=of_maps, content="of another split")
+    return plain(RunEvaluation(step=1, scores=other, validation=scores))
+
+
 def test_thresholds_are_those_of_the_whole_validation_split(runs, tmp_path, monkeypatch):
     """Of an evaluation beside the run, or measured anew; never of a few volumes."""
     first, second = (dataclasses.replace(run, path=tmp_path / run.path.name) for run in runs)
@@ -100,41 +113,38 @@ def test_thresholds_are_those_of_the_whole_validation_split(runs, tmp_path, monk
     split = predict(first, validation)
     assert content_of(validation) == content_of(validation, split)
     best = choose_thresholds(split)["hirescam"]
-    found = compare.compare([first, second], 2)["runs"]
-    assert [run["thresholds_from"] for run in found] == ["validation split"] * 2
+    found = compare.compare([first, second], 2).runs
+    assert [run.thresholds_from for run in found] == ["validation split"] * 2
     expected = [float(ORGAN_IOU_THRESHOLDS[i]) if i >= 0 else None for i in best]
-    assert list(found[0]["thresholds"]["hirescam"].values()) == expected
+    assert list(found[0].thresholds["hirescam"].values()) == expected
 
     thresholds = {label: 0.1 + 0.02 * k for k, label in enumerate(first.labels)}
-    evaluation = {
-        "step": 1,
-        "validation": {"content": content_of(validation)},
-        "organ_iou": {name: {"thresholds": thresholds} for name in ("hirescam", "gradcam")},
-    }
+    evaluation = evaluation_of(first, split, thresholds, content_of(validation))
     for run in (first, second):
         run.path.mkdir()
         (run.path / "evaluation.json").write_text(json.dumps(evaluation))
     monkeypatch.setattr(compare, "predict", None)  # not to be called
     found = compare.compare([first, second], 2)
-    assert [run["thresholds_from"] for run in found["runs"]] == ["evaluation.json"] * 2
+    assert [run.thresholds_from for run in found.runs] == ["evaluation.json"] * 2
     by_hand = organ_iou_of(
         first, chosen_volumes(open_data(first.config, "test"), 2).tolist(), thresholds
     )
-    assert sum(len(values) for values in by_hand.values()) == found["pairs"]
-    for label, of_label in found["labels"].items():
+    assert sum(len(values) for values in by_hand.values()) == found.pairs
+    for label, of_label in found.labels.items():
         values = np.array(by_hand[label])
-        measure = of_label["hirescam"]["organ_iou_a"]
-        assert of_label["pairs"] == len(values)
-        assert measure["pairs"] == (~np.isnan(values)).sum()
-        assert measure["labels"] == (measure["pairs"] > 0)
-        assert measure["low"] is None  # of two patients
-        if measure["pairs"]:
-            assert measure["value"] == pytest.approx(np.nanmean(values), abs=1e-5)
+        measure = of_label.hirescam.organ_iou_a
+        assert of_label.pairs == len(values)
+        assert measure.pairs == (~np.isnan(values)).sum()
+        assert measure.labels == (measure.pairs > 0)
+        assert measure.low is None  # of two patients
+        if measure.pairs:
+            assert measure.value == pytest.approx(np.nanmean(values), abs=1e-5)
     # Of other weights, of other volumes, or broken: measured anew.
     monkeypatch.undo()
     for other in (
         {**evaluation, "step": 2},
-        {**evaluation, "validation": {"content": "another"}},
+        {**evaluation, "validation": {**evaluation["validation"], "content": "another"}},
+        {**evaluation, "organ_iou": {}},
         {"step": 1, "organ_iou": {}},
         [],
     ):
@@ -149,36 +159,34 @@ def test_means_over_fewer_findings_say_so(runs, tmp_path):
         dataclasses.replace(run, path=path) for run, path in zip(runs, paths, strict=True)
     )
     result = compare.compare([first, second], 5)
-    label, pairs = next((n, of["pairs"]) for n, of in result["labels"].items() if of["pairs"] > 1)
+    label, pairs = next((n, of.pairs) for n, of in result.labels.items() if of.pairs > 1)
     for run, without in ((first, label), (second, None)):
         thresholds = {n: None if n == without else 0.02 for n in run.labels}
-        evaluation = {
-            "step": 1,
-            "content": content_of(open_data(run.config, "val")),
-            "organ_iou": {name: {"thresholds": thresholds} for name in ("hirescam", "gradcam")},
-        }
+        validation = open_data(run.config, "val")
+        split = predict(run, validation)
+        evaluation = evaluation_of(run, split, thresholds, content_of(validation))
         run.path.mkdir()
         (run.path / "evaluation.json").write_text(json.dumps(evaluation))
     found = compare.compare([first, second], 5)
-    left = found["methods"]["hirescam"]
+    left = found.methods["hirescam"]
     for name in ("organ_iou_a", "organ_iou_b", "organ_iou_gain"):
-        assert found["labels"][label]["hirescam"][name]["value"] is None
-        assert left[name]["pairs"] <= found["pairs"] - pairs
-        assert left[name]["labels"] < len(found["labels"])
-    a, b, gain = (left[f"organ_iou_{x}"]["value"] for x in ("a", "b", "gain"))
+        assert getattr(found.labels[label].hirescam, name).value is None
+        assert getattr(left, name).pairs <= found.pairs - pairs
+        assert getattr(left, name).labels < len(found.labels)
+    a, b, gain = (m.value for m in (left.organ_iou_a, left.organ_iou_b, left.organ_iou_gain))
     assert gain == pytest.approx(a - b, abs=1e-6)
     text = compare.table(found)
-    of = f"({left['organ_iou_a']['pairs']} of {left['organ_iou_a']['labels']} labels)"
+    of = f"({left.organ_iou_a.pairs} of {left.organ_iou_a.labels} labels)"
     assert of in text
     assert "(n): over n of the findings" in text
 
 
 def test_a_run_is_like_itself(runs):
-    found = compare.compare([runs[0], runs[0]], 3)["methods"]
+    found = compare.compare([runs[0], runs[0]], 3).methods
     for method in ("hirescam", "gradcam"):
         for kind in ("ssim", "spearman", "spearman_absolute"):
-            assert found[method][kind]["value"] == pytest.approx(1, abs=1e-5)
-        assert found[method]["organ_iou_gain"]["value"] == 0
+            assert getattr(found[method], kind).value == pytest.approx(1, abs=1e-5)
+        assert found[method].organ_iou_gain.value == 0
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
@@ -199,7 +207,7 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
 
 def test_command(runs, tmp_path, monkeypatch, capsys):
     by_path = {run.path: run for run in runs}
-    monkeypatch.setattr("hirescam_jax.runs.checkpoints.load_run", lambda path, which: by_path[path])
+    monkeypatch.setattr("hirescam_jax.runs.run.load_run", lambda path, which: by_path[path])
     out = tmp_path / "compared.json"
     paths = [str(run.path) for run in runs]
     cli.main(["compare", *paths, "--volumes", "2", "--out", str(out)])
@@ -253,14 +261,14 @@ def test_findings_are_those_of_another_patient(monkeypatch):
 def test_the_config_permutes_the_training_split_only():
     model = AxialNet(2, (1,), (4,), "small", (3,), "SAME")
     config = Config(model, DATA, labels=("nodule", "cardiomegaly"), permute_labels=True)
-    plain = dataclasses.replace(config, permute_labels=False)
+    given = dataclasses.replace(config, permute_labels=False)
     assert isinstance(open_data(config, "train"), PermutedLabels)
     for split in ("val", "test"):
         assert not isinstance(open_data(config, split), PermutedLabels)
-    permuted, source = (InMemory(open_data(c, "train"), 0) for c in (config, plain))
+    permuted, source = (InMemory(open_data(c, "train"), 0) for c in (config, given))
     others = PermutedLabels(source, config.seed).other
     assert sorted(others) == [0, 1, 2]
     for i, other in enumerate(others):
         np.testing.assert_array_equal(permuted[i]["findings"], source[other]["findings"])
         np.testing.assert_array_equal(permuted[i]["regions"], source[i]["regions"])
-    np.testing.assert_array_equal(findings_of(open_data(plain, "train"), 1), source[1]["findings"])
+    np.testing.assert_array_equal(findings_of(open_data(given, "train"), 1), source[1]["findings"])

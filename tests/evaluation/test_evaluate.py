@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 from hirescam_jax.config import Config
+from hirescam_jax.data import pipeline
 from hirescam_jax.data.pipeline import chosen_volumes
 from hirescam_jax.errors import UserError
 from hirescam_jax.evaluation import checks as evaluate_checks
-from hirescam_jax.evaluation.checks import faithfulness_table, save_sanity_picture
+from hirescam_jax.evaluation.checks import save_sanity_picture
 from hirescam_jax.evaluation.evaluate import evaluate_run
 from hirescam_jax.evaluation.predict import predict
+from hirescam_jax.evaluation.result import Evaluation, RunEvaluation, plain
 from hirescam_jax.evaluation.resume import Kept
-from hirescam_jax.evaluation.summary import Predictions, choose_thresholds, evaluate
-from hirescam_jax.evaluation.text import LESION_MEASURES, label_table, table
+from hirescam_jax.evaluation.summary import Predictions, choose_thresholds, summarise
+from hirescam_jax.evaluation.text import LESION_MEASURES, faithfulness_table, label_table, table
 from hirescam_jax.evaluation.values import Values
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
@@ -29,6 +31,7 @@ from hirescam_jax.metrics import (
     organ_iou,
     random_maps,
 )
+from hirescam_jax.metrics.bootstrap import UNKNOWN
 from hirescam_jax.models import AxialNet, CTNet
 from hirescam_jax.reports.text import MAP_NAMES
 from hirescam_jax.runs.run import Header, Run
@@ -50,6 +53,10 @@ def predictions(seed: int, count: int = 40, **columns) -> Predictions:
     return Predictions(logits, labels, iou)
 
 
+def text_of(scores: Evaluation) -> str:
+    return table(RunEvaluation(scores=scores))
+
+
 # -- thresholds -----------------------------------------------------------------------------------
 
 
@@ -67,30 +74,30 @@ def test_a_label_that_validation_never_saw_has_no_threshold_and_no_organ_iou():
     validation, test = predictions(0, b=False), predictions(1)
     chosen = choose_thresholds(validation)
     assert chosen["hirescam"][1] == chosen["gradcam"][1] == -1
-    result = evaluate(("a", "b", "c"), validation, test, resamples=20)
-    for measure in result["organ_iou"].values():
-        assert measure["thresholds"]["b"] is None
-        assert measure["labels"]["b"] == {"value": None, "low": None, "high": None}
-        assert measure["defined"] == 2
-        others = [measure["labels"][label]["value"] for label in "ac"]
-        assert measure["mean"]["value"] == pytest.approx(np.mean(others))
-        assert measure["undefined_pairs"] == test.labels[:, 1].sum()
-    assert result["auroc"]["defined"] == 3
-    assert f"{test.labels[:, 1].sum()} more have an organ" in table(result)
+    result = summarise(("a", "b", "c"), validation, test, resamples=20)
+    for measure in result.organ_iou.values():
+        assert measure.thresholds["b"] is None
+        assert measure.labels["b"] == UNKNOWN
+        assert measure.defined == 2
+        others = [measure.labels[label].value for label in "ac"]
+        assert measure.mean.value == pytest.approx(np.mean(others))
+        assert measure.undefined_pairs == test.labels[:, 1].sum()
+    assert result.auroc.defined == 3
+    assert f"{test.labels[:, 1].sum()} more have an organ" in text_of(result)
 
 
 def test_test_split_does_not_move_the_thresholds():
     validation, test = predictions(0), predictions(1)
     for name in test.organ_iou:  # the test split would choose the last one
         test.organ_iou[name][..., -1] = np.where(test.labels, 1.0, np.nan)
-    result = evaluate(("a", "b", "c"), validation, test, resamples=20)
+    result = summarise(("a", "b", "c"), validation, test, resamples=20)
     chosen = choose_thresholds(validation)
-    for name, measure in result["organ_iou"].items():
+    for name, measure in result.organ_iou.items():
         for k, label in enumerate("abc"):
             t = chosen[name][k]
-            assert measure["thresholds"][label] == pytest.approx(ORGAN_IOU_THRESHOLDS[t])
+            assert measure.thresholds[label] == pytest.approx(ORGAN_IOU_THRESHOLDS[t])
             iou = test.organ_iou[name][test.labels[:, k], k, t]
-            assert measure["labels"][label]["value"] == pytest.approx(iou.mean())
+            assert measure.labels[label].value == pytest.approx(iou.mean())
 
 
 # -- measures -------------------------------------------------------------------------------------
@@ -99,19 +106,19 @@ def test_test_split_does_not_move_the_thresholds():
 def test_measures_are_scikit_learns_and_means_are_over_labels():
     sklearn = pytest.importorskip("sklearn.metrics")
     test = predictions(1)
-    result = evaluate(("a", "b", "c"), predictions(0), test, resamples=50)
-    assert result["volumes"] == 40
+    result = summarise(("a", "b", "c"), predictions(0), test, resamples=50)
+    assert result.volumes == 40
     for name, score in (
         ("auroc", sklearn.roc_auc_score),
         ("average_precision", sklearn.average_precision_score),
     ):
         values = [score(test.labels[:, k], test.logits[:, k]) for k in range(3)]
         for label, value in zip("abc", values, strict=True):
-            assert result[name]["labels"][label]["value"] == pytest.approx(value)
-        assert result[name]["mean"]["value"] == pytest.approx(np.mean(values))
-    for measure in (result["auroc"], result["average_precision"], *result["organ_iou"].values()):
-        for interval in (measure["mean"], *measure["labels"].values()):
-            assert 0 <= interval["low"] < interval["value"] < interval["high"] <= 1
+            assert getattr(result, name).labels[label].value == pytest.approx(value)
+        assert getattr(result, name).mean.value == pytest.approx(np.mean(values))
+    for measure in (result.auroc, result.average_precision, *result.organ_iou.values()):
+        for interval in (measure.mean, *measure.labels.values()):
+            assert 0 <= interval.low < interval.value < interval.high <= 1
 
 
 def test_organ_iou_is_over_true_positives_only():
@@ -121,32 +128,32 @@ def test_organ_iou_is_over_true_positives_only():
     iou = np.full((4, 1, T), np.nan)
     iou[:2] = np.array([0.2, 0.6])[:, None, None]
     split = Predictions(np.arange(4.0)[:, None], labels, {"hirescam": iou})
-    result = evaluate(("a",), split, split, resamples=20)
-    assert result["organ_iou"]["hirescam"]["mean"]["value"] == pytest.approx(0.4)
+    result = summarise(("a",), split, split, resamples=20)
+    assert result.organ_iou["hirescam"].mean.value == pytest.approx(0.4)
 
 
 def test_label_without_positives_is_null_and_left_out_of_means():
     test = predictions(1, b=False)
-    result = evaluate(("a", "b", "c"), predictions(0), test, resamples=30)
-    for measure in (result["auroc"], result["average_precision"], *result["organ_iou"].values()):
-        assert measure["labels"]["b"] == {"value": None, "low": None, "high": None}
-        others = [measure["labels"][label]["value"] for label in "ac"]
-        assert measure["mean"]["value"] == pytest.approx(np.mean(others))
-    assert "NaN" not in json.dumps(result, allow_nan=False)
+    result = summarise(("a", "b", "c"), predictions(0), test, resamples=30)
+    for measure in (result.auroc, result.average_precision, *result.organ_iou.values()):
+        assert measure.labels["b"] == UNKNOWN
+        others = [measure.labels[label].value for label in "ac"]
+        assert measure.mean.value == pytest.approx(np.mean(others))
+    assert "NaN" not in json.dumps(plain(result), allow_nan=False)
 
 
 def test_label_without_negatives_has_no_auroc():
-    result = evaluate(("a", "b", "c"), predictions(0), predictions(1, c=True), resamples=30)
-    assert result["auroc"]["labels"]["c"]["value"] is None
-    assert result["average_precision"]["labels"]["c"]["value"] == 1
-    assert result["organ_iou"]["hirescam"]["labels"]["c"]["value"] > 0
+    result = summarise(("a", "b", "c"), predictions(0), predictions(1, c=True), resamples=30)
+    assert result.auroc.labels["c"].value is None
+    assert result.average_precision.labels["c"].value == 1
+    assert result.organ_iou["hirescam"].labels["c"].value > 0
 
 
 def test_split_without_any_finding():
     test = predictions(1, a=False, b=False, c=False)
-    result = evaluate(("a", "b", "c"), predictions(0), test, resamples=20)
-    assert result["auroc"]["mean"] == {"value": None, "low": None, "high": None}
-    assert "n/a" in table(result)
+    result = summarise(("a", "b", "c"), predictions(0), test, resamples=20)
+    assert result.auroc.mean == UNKNOWN
+    assert "n/a" in text_of(result)
 
 
 def with_everything(seed: int, **columns) -> Predictions:
@@ -167,46 +174,46 @@ def with_everything(seed: int, **columns) -> Predictions:
 
 def test_lesions_and_organs_by_hand():
     validation, test = with_everything(0), with_everything(1)
-    result = evaluate(("a", "b", "c"), validation, test, resamples=30, regions=("left", "right"))
+    result = summarise(("a", "b", "c"), validation, test, resamples=30, regions=("left", "right"))
     for name in ("hirescam", "gradcam"):
-        lesions = result["lesions"][name]
+        lesions = result.lesions[name]
         for k, label in enumerate("abc"):
             present = test.labels[:, k]
             chosen = np.nanmean(validation.lesions[name]["iou"][:, k], axis=0).argmax()
-            assert lesions["iou"]["thresholds"][label] == ORGAN_IOU_THRESHOLDS[chosen]
+            assert lesions.iou.thresholds[label] == ORGAN_IOU_THRESHOLDS[chosen]
             iou = test.lesions[name]["iou"][present, k, chosen]
-            assert lesions["iou"]["labels"][label]["value"] == pytest.approx(iou.mean())
+            assert lesions.iou.labels[label].value == pytest.approx(iou.mean())
             dice = 2 * iou / (1 + iou)
-            assert lesions["dice"]["labels"][label]["value"] == pytest.approx(dice.mean())
+            assert lesions.dice.labels[label].value == pytest.approx(dice.mean())
             energy = test.lesions[name]["energy"][present, k].mean()
-            assert lesions["energy"]["labels"][label]["value"] == pytest.approx(energy)
+            assert lesions.energy.labels[label].value == pytest.approx(energy)
         chosen = choose_thresholds(validation)[name]
         for r, region in enumerate(("left", "right")):
             pairs = np.argwhere(test.findings[:, :, r])
-            found = result["organ_iou"][name]["regions"][region]
+            found = result.organ_iou[name].regions[region]
             values = [test.organ_iou[name][n, k, chosen[k]] for n, k in pairs]
-            assert found["pairs"] == len(pairs)
-            assert found["value"] == pytest.approx(np.mean(values))
-            assert found["low"] < found["value"] < found["high"]
-    assert "NaN" not in json.dumps(result, allow_nan=False)
+            assert found.pairs == len(pairs)
+            assert found.value == pytest.approx(np.mean(values))
+            assert found.low < found.value < found.high
+    assert "NaN" not in json.dumps(plain(result), allow_nan=False)
 
 
 def test_calibration_is_that_of_the_measures():
     test = predictions(1, b=False)
-    result = evaluate(("a", "b", "c"), predictions(0), test, resamples=30)["calibration"]
-    assert result["expected_calibration_error"]["defined"] == result["brier"]["defined"] == 2
-    assert result["brier"]["labels"]["b"]["value"] is None
+    result = summarise(("a", "b", "c"), predictions(0), test, resamples=30).calibration
+    assert result.expected_calibration_error.defined == result.brier.defined == 2
+    assert result.brier.labels["b"].value is None
     for k, label in ((0, "a"), (2, "c")):
         probabilities = 1 / (1 + np.exp(-test.logits[:, k]))
-        given = probabilities, test.labels[:, k], result["bins"]
-        found = result["expected_calibration_error"]
+        given = probabilities, test.labels[:, k], result.bins
+        found = result.expected_calibration_error
         plain = expected_calibration_error(*given)
-        assert found["plug_in"][label] == pytest.approx(plain)
+        assert found.plug_in[label] == pytest.approx(plain)
         interval = calibration_interval(*given, resamples=30)
-        assert list(found["labels"][label].values()) == pytest.approx(interval)
+        assert dataclasses.astuple(found.labels[label]) == pytest.approx(interval)
         brier = brier_score(probabilities, test.labels[:, k])
-        assert result["brier"]["labels"][label]["value"] == pytest.approx(brier)
-        assert sum(result["reliability"][label]["count"]) == 40
+        assert result.brier.labels[label].value == pytest.approx(brier)
+        assert sum(result.reliability[label].count) == 40
 
 
 def calibrated(seed: int) -> Predictions:
@@ -221,11 +228,11 @@ def test_calibration_errors_lie_in_their_intervals_which_reach_the_true_one():
     covered = []
     for seed in range(10):
         split = calibrated(seed)
-        result = evaluate(("a", "b", "c"), split, split, resamples=100)
-        error = result["calibration"]["expected_calibration_error"]
-        for interval in (error["mean"], *error["labels"].values()):
-            assert 0 <= interval["low"] <= interval["value"] <= interval["high"]
-        covered += [interval["low"] == 0 for interval in error["labels"].values()]
+        result = summarise(("a", "b", "c"), split, split, resamples=100)
+        error = result.calibration.expected_calibration_error
+        for interval in (error.mean, *error.labels.values()):
+            assert 0 <= interval.low <= interval.value <= interval.high
+        covered += [interval.low == 0 for interval in error.labels.values()]
     assert np.mean(covered) > 0.7
 
 
@@ -238,19 +245,16 @@ def test_mean_is_over_the_same_labels_in_all_resamples():
         [rng.normal(size=(60, 2)) + 2.5 * labels[:, :2], np.arange(60.0)[:, None]], axis=1
     )
     split = Predictions(logits, labels, {})
-    result = evaluate(("common", "too", "rare"), split, split, resamples=500)["auroc"]
-    assert result["defined"] == 3
-    common, too, rare = (result["labels"][label]["value"] for label in ("common", "too", "rare"))
+    result = summarise(("common", "too", "rare"), split, split, resamples=500).auroc
+    assert result.defined == 3
+    common, too, rare = (result.labels[label].value for label in ("common", "too", "rare"))
     assert rare < 0.05 < 0.9 < min(common, too)
-    assert result["mean"]["value"] == pytest.approx((common + too + rare) / 3)
-    assert result["mean"]["high"] < 0.7
+    assert result.mean.value == pytest.approx((common + too + rare) / 3)
+    assert result.mean.high < 0.7
     # One of two labels is too rare for an interval: so is their mean.
     split = Predictions(logits[:, 1:], labels[:, 1:], {})
-    result = evaluate(("common", "rare"), split, split, resamples=50)["auroc"]
-    assert result["mean"] == {
-        "value": pytest.approx((too + rare) / 2),
-        **{"low": None, "high": None},
-    }
+    result = summarise(("common", "rare"), split, split, resamples=50).auroc
+    assert dataclasses.astuple(result.mean) == (pytest.approx((too + rare) / 2), None, None)
 
 
 def test_label_with_one_positive_has_no_interval_and_is_in_no_mean():
@@ -259,34 +263,34 @@ def test_label_with_one_positive_has_no_interval_and_is_in_no_mean():
     logits = np.random.default_rng(3).normal(size=(60, 2)) + 2 * labels
     iou = np.where(labels[..., None], 0.5, np.nan) * np.ones(T)
     split = Predictions(logits, labels, {"hirescam": iou})
-    result = evaluate(("common", "rare"), split, split, resamples=50)
-    assert result["positives"] == result["positive_patients"] == {"common": 30, "rare": 1}
-    for measure in (result["auroc"], result["organ_iou"]["hirescam"]):
-        assert measure["defined"] == 1
-        rare = measure["labels"]["rare"]
-        assert rare["value"] is not None
-        assert rare["low"] is rare["high"] is None
-        assert measure["mean"] == measure["labels"]["common"]
+    result = summarise(("common", "rare"), split, split, resamples=50)
+    assert result.positives == result.positive_patients == {"common": 30, "rare": 1}
+    for measure in (result.auroc, result.organ_iou["hirescam"]):
+        assert measure.defined == 1
+        rare = measure.labels["rare"]
+        assert rare.value is not None
+        assert rare.low is rare.high is None
+        assert measure.mean == measure.labels["common"]
     # Two volumes of one patient are no more than one.
     labels[1, 1] = True
     patients = ["p0", "p0", *map(str, range(58))]
-    found = evaluate(("common", "rare"), split, split, resamples=50, patients=patients)
-    assert (found["positives"]["rare"], found["positive_patients"]["rare"]) == (2, 1)
-    result = found["auroc"]
-    assert result["labels"]["rare"]["low"] is result["delong"]["rare"]["low"] is None
+    found = summarise(("common", "rare"), split, split, resamples=50, patients=patients)
+    assert (found.positives["rare"], found.positive_patients["rare"]) == (2, 1)
+    result = found.auroc
+    assert result.labels["rare"].low is result.delong["rare"].low is None
     one = delong(split.logits[None, :, 0], split.labels[:, 0], patients)
-    assert result["delong"]["common"]["low"] == pytest.approx(one.interval()[0][0])
+    assert result.delong["common"].low == pytest.approx(one.interval()[0][0])
 
 
 def test_pairs_without_a_measure_are_counted():
     test = predictions(1)
     n, k = np.argwhere(test.labels)[0]
     test.organ_iou["hirescam"][n, k] = np.nan  # an organ without a cell
-    result = evaluate(("a", "b", "c"), predictions(0), test, resamples=20)
-    measure = result["organ_iou"]["hirescam"]
-    assert (measure["pairs"], measure["undefined_pairs"]) == (test.labels.sum() - 1, 1)
-    assert result["organ_iou"]["gradcam"]["undefined_pairs"] == 0
-    assert "1 more have an organ without a cell" in table(result)
+    result = summarise(("a", "b", "c"), predictions(0), test, resamples=20)
+    measure = result.organ_iou["hirescam"]
+    assert (measure.pairs, measure.undefined_pairs) == (test.labels.sum() - 1, 1)
+    assert result.organ_iou["gradcam"].undefined_pairs == 0
+    assert "1 more have an organ without a cell" in text_of(result)
 
 
 @pytest.mark.parametrize(
@@ -299,47 +303,47 @@ def test_pairs_without_a_measure_are_counted():
 )
 def test_predictions_that_cannot_be_measured(change, line):
     with pytest.raises(ValueError, match=line):
-        evaluate(("a", "b", "c"), predictions(0), change(predictions(1)), resamples=5)
+        summarise(("a", "b", "c"), predictions(0), change(predictions(1)), resamples=5)
 
 
 def test_delongs_intervals_stand_beside_the_bootstraps():
     test = predictions(1, b=False)
-    result = evaluate(("a", "b", "c"), predictions(0), test, resamples=400)["auroc"]
-    assert set(result["delong"]["b"].values()) == {None}
+    result = summarise(("a", "b", "c"), predictions(0), test, resamples=400).auroc
+    assert set(dataclasses.astuple(result.delong["b"])) == {None}
     for k, label in ((0, "a"), (2, "c")):
         one = delong(test.logits[None, :, k], test.labels[:, k])
-        found = result["delong"][label]
-        assert found["standard_error"] == pytest.approx(one.covariance[0, 0] ** 0.5)
+        found = result.delong[label]
+        assert found.standard_error == pytest.approx(one.covariance[0, 0] ** 0.5)
         # Two estimates of one interval.
-        bootstrapped = result["labels"][label]
-        width = bootstrapped["high"] - bootstrapped["low"]
-        assert found["high"] - found["low"] == pytest.approx(width, rel=0.25)
+        bootstrapped = result.labels[label]
+        width = bootstrapped.high - bootstrapped.low
+        assert found.high - found.low == pytest.approx(width, rel=0.25)
 
 
 def test_volumes_of_a_patient_are_drawn_together():
     """Every volume twice: intervals as of the single ones, not narrower."""
     validation, test = predictions(0), predictions(1)
-    alone = evaluate(("a", "b", "c"), validation, test, resamples=50)
+    alone = summarise(("a", "b", "c"), validation, test, resamples=50)
     twice = jax.tree.map(lambda x: np.concatenate([x, x]), test)
     patients = [f"p{i:02d}" for i in range(40)] * 2
-    together = evaluate(("a", "b", "c"), validation, twice, resamples=50, patients=patients)
-    assert (together["volumes"], together["patients"]) == (80, 40)
+    together = summarise(("a", "b", "c"), validation, twice, resamples=50, patients=patients)
+    assert (together.volumes, together.patients) == (80, 40)
     for key in ("auroc", "average_precision"):
         for found, expected in zip(
-            jax.tree.leaves(together[key]["labels"]),
-            jax.tree.leaves(alone[key]["labels"]),
+            jax.tree.leaves(plain(getattr(together, key).labels)),
+            jax.tree.leaves(plain(getattr(alone, key).labels)),
             strict=True,
         ):
             assert found == pytest.approx(expected)
     with pytest.raises(ValueError, match="39 entries for 40 volumes"):
-        evaluate(("a", "b", "c"), validation, test, patients=patients[:39])
+        summarise(("a", "b", "c"), validation, test, patients=patients[:39])
 
 
 # -- the table ------------------------------------------------------------------------------------
 
 
 def test_table_of_labels():
-    result = evaluate(("a", "b", "c"), predictions(0), predictions(1, b=False), resamples=30)
+    result = summarise(("a", "b", "c"), predictions(0), predictions(1, b=False), resamples=30)
     header, rule, *rows = label_table(result).splitlines()
     assert re.split(r" {2,}", header.strip()) == [
         "positives",
@@ -352,19 +356,19 @@ def test_table_of_labels():
     assert rows[0].startswith("mean of 2 of 3 labels  ")
     assert [row.split()[0] for row in rows[1:]] == ["a", "b", "c"]
     assert rows[2].split() == ["b", "0", "n/a", "n/a", "n/a", "n/a"]
-    a = result["auroc"]["labels"]["a"]
+    a = result.auroc.labels["a"]
     assert rows[1].split()[1:5] == [
-        str(result["positives"]["a"]),
-        f"{a['value']:.3f}",
-        f"[{a['low']:.3f},",
-        f"{a['high']:.3f}]",
+        str(result.positives["a"]),
+        f"{a.value:.3f}",
+        f"[{a.low:.3f},",
+        f"{a.high:.3f}]",
     ]
     assert max(map(len, (header, *rows))) == len(rule)
-    assert table(result).startswith(label_table(result))
+    assert text_of(result).startswith(label_table(result))
 
 
 def test_means_over_other_numbers_of_labels_say_so():
-    result = evaluate(("a", "b", "c"), predictions(0), predictions(1, c=True), resamples=30)
+    result = summarise(("a", "b", "c"), predictions(0), predictions(1, c=True), resamples=30)
     rows = label_table(result).splitlines()[2:]
     assert rows[0].split()[0] == "mean"
     assert re.split(r" {2,}", rows[1]) == ["of", *["2 of 3 labels"], *["3 of 3 labels"] * 3]
@@ -372,15 +376,15 @@ def test_means_over_other_numbers_of_labels_say_so():
 
 def test_table_of_maps_and_of_organs():
     splits = with_everything(0), with_everything(1, b=False)
-    result = evaluate(("a", "b", "c"), *splits, resamples=30, regions=("left", "right"))
-    text = table(result)
+    result = summarise(("a", "b", "c"), *splits, resamples=30, regions=("left", "right"))
+    text = text_of(result)
     line = next(line for line in text.splitlines() if line.startswith("HiResCAM"))
     assert "maps, means over 2 of 3 labels  " in text
     assert "(2)" not in line
-    energy = result["lesions"]["hirescam"]["energy"]["mean"]["value"]
+    energy = result.lesions["hirescam"].energy.mean.value
     assert line.split()[-3] == f"{energy:.3f}"
     left = next(line for line in text.splitlines() if line.startswith("left"))
-    assert int(left.split()[1]) == result["organ_iou"]["hirescam"]["regions"]["left"]["pairs"]
+    assert int(left.split()[1]) == result.organ_iou["hirescam"].regions["left"].pairs
     assert "bootstrap intervals over 40 patients (40 volumes)" in text
 
 
@@ -395,19 +399,19 @@ def test_means_against_lesions_over_fewer_labels_say_so():
     n = np.flatnonzero(test.labels[:, 0])[0]
     for values in test.lesions["hirescam"].values():
         values[n, 0] = np.nan  # a lesion without a cell
-    result = evaluate(("a", "b", "c"), validation, test, resamples=20)
-    found = result["lesions"]["hirescam"]
+    result = summarise(("a", "b", "c"), validation, test, resamples=20)
+    found = result.lesions["hirescam"]
     pairs, of_b = int(test.labels.sum()), int(test.labels[:, 1].sum())
-    assert (found["iou"]["defined"], found["otsu_iou"]["defined"]) == (2, 3)
-    assert found["iou"]["mean"]["value"] == pytest.approx(0.1)
-    assert found["otsu_iou"]["mean"]["value"] == pytest.approx((0.1 + 0.9 + 0.1) / 3)
-    assert (found["energy"]["pairs"], found["energy"]["undefined_pairs"]) == (pairs - 1, 1)
-    assert (found["dice"]["pairs"], found["dice"]["undefined_pairs"]) == (
+    assert (found.iou.defined, found.otsu_iou.defined) == (2, 3)
+    assert found.iou.mean.value == pytest.approx(0.1)
+    assert found.otsu_iou.mean.value == pytest.approx((0.1 + 0.9 + 0.1) / 3)
+    assert (found.energy.pairs, found.energy.undefined_pairs) == (pairs - 1, 1)
+    assert (found.dice.pairs, found.dice.undefined_pairs) == (
         pairs - of_b - 1,
         of_b + 1,
     )
-    assert result["lesions"]["gradcam"]["energy"]["undefined_pairs"] == 0
-    text = table(result)
+    assert result.lesions["gradcam"].energy.undefined_pairs == 0
+    text = text_of(result)
     assert "maps, means over 3 labels, (n): over n  " in text
     line = next(line for line in text.splitlines() if line.startswith("HiResCAM"))
     assert re.split(r" {2,}", line)[1:5] == ["0.100 (2)", "0.100 (2)", "0.182 (2)", "0.367"]
@@ -509,13 +513,14 @@ class Others(Cases):
 def test_both_splits_are_measured(run, tmp_path):
     values: dict[str, Values] = {}
     result = evaluate_run(run, Cases(), Others(), values=values)
+    scores = {"test": result.scores, "validation": result.validation}
     validation, test = predict(run, Cases()), predict(run, Others())
-    assert (result["split"], result["volumes"], result["validation"]["volumes"]) == ("test", 4, 5)
-    assert result["content"] != result["validation"]["content"]
-    assert result["head"]["kind"] == "exact"
-    assert result["head"]["maps"]["hirescam"]["holds"]
-    assert not result["head"]["maps"]["gradcam"]["holds"]
-    assert result["completeness"]["mean"] <= result["completeness"]["worst"] < 1e-5
+    assert (result.split, result.scores.volumes, result.validation.volumes) == ("test", 4, 5)
+    assert result.scores.content != result.validation.content
+    assert result.head.kind == "exact"
+    assert result.head.maps["hirescam"].holds
+    assert not result.head.maps["gradcam"].holds
+    assert result.scores.completeness.mean <= result.scores.completeness.worst < 1e-5
     for split, of_split in (("test", test), ("validation", validation)):
         chosen = choose_thresholds(validation)["hirescam"]
         iou = np.stack([of_split.organ_iou["hirescam"][:, k, chosen[k]] for k in range(3)], axis=1)
@@ -526,10 +531,9 @@ def test_both_splits_are_measured(run, tmp_path):
         np.testing.assert_array_equal(found.organ_iou["hirescam"], iou)
         np.testing.assert_array_equal(found.logits, of_split.logits)
         np.testing.assert_array_equal(found.truth, of_split.labels)
-        measures = result if split == "test" else result["validation"]
-        assert found.content == measures["content"]
+        assert found.content == scores[split].content
         for k, label in enumerate("abc"):
-            value = measures["organ_iou"]["hirescam"]["labels"][label]["value"]
+            value = scores[split].organ_iou["hirescam"].labels[label].value
             if value is not None:
                 assert value == pytest.approx(np.nanmean(iou[:, k]))
     text = table(result)
@@ -539,11 +543,12 @@ def test_both_splits_are_measured(run, tmp_path):
 
 def test_data_without_a_test_split(run):
     result = evaluate_run(run, Cases(), None)
-    assert (result["split"], result["volumes"]) == ("validation", 5)
-    assert "validation" not in result
+    assert (result.split, result.scores.volumes) == ("validation", 5)
+    assert result.validation is None
+    assert "validation" not in json.loads(result.to_json())
     again = evaluate_run(run, Cases(), Cases())
-    assert result["organ_iou"] == again["validation"]["organ_iou"]
-    assert result["grid"] == [2, 4, 4]
+    assert result.scores.organ_iou == again.validation.organ_iou
+    assert result.scores.grid == (2, 4, 4)
     assert "its organ prior are made of the same volumes" in table(result)
     assert "in-sample" in table(result)
 
@@ -561,11 +566,11 @@ def test_findings_in_an_organ_without_a_cell(run):
     result = evaluate_run(run, Cut(), None)
     findings = np.array([Cut()[i]["findings"] for i in range(5)])
     elsewhere = (findings[:, :, 1] > findings[:, :, 0]).sum()
-    for measure in result["organ_iou"].values():
-        assert (measure["pairs"], measure["undefined_pairs"]) == (5, elsewhere)
-        assert measure["defined"] == 1
-        assert measure["labels"]["b"]["value"] is None
-        assert measure["regions"]["left"]["pairs"] == 5
+    for measure in result.scores.organ_iou.values():
+        assert (measure.pairs, measure.undefined_pairs) == (5, elsewhere)
+        assert measure.defined == 1
+        assert measure.labels["b"].value is None
+        assert measure.regions["left"].pairs == 5
 
 
 def test_weights_that_are_not_numbers(run):
@@ -591,10 +596,10 @@ def test_interrupted_without_maps(tmp_path):
     again = predict(run, Small(), kept=Kept(folder, {}))
     assert again.organ_iou == {}
     np.testing.assert_array_equal(again.logits, whole.logits)
-    result = evaluate(("a", "b", "c"), again, again, resamples=5)
-    assert result["organ_iou"] == {}
-    assert result["completeness"] is result["grid"] is None
-    assert "OrganIoU" not in table(result)
+    result = summarise(("a", "b", "c"), again, again, resamples=5)
+    assert result.organ_iou == {}
+    assert result.completeness is result.grid is None
+    assert "OrganIoU" not in text_of(result)
 
 
 def test_baselines_by_hand(run):
@@ -627,32 +632,32 @@ def test_baselines_by_hand(run):
 def test_checks_of_a_run(run, tmp_path):
     """On random weights every map is a guess, but the exact one of an affine head is no bad one."""
     result = evaluate_run(run, Cases(), Cases(), faithfulness=5, sanity=2)
-    faithful, sane = result["faithfulness"], result["sanity"]
+    faithful, sane = result.faithfulness, result.sanity
     items = [Cases()[i] for i in range(5)]
-    assert (faithful["volumes"], faithful["patients"]) == (5, 5)
-    assert faithful["pairs"] == sum(int(x["findings"].any(1).sum()) for x in items)
-    assert list(faithful["methods"]) == list(MAP_NAMES)
-    for measures in faithful["methods"].values():
-        curve = measures["deletion_curve"]
-        assert measures["deletion"]["value"] == pytest.approx(np.trapezoid(curve, dx=1 / 16))
-        assert len(measures["road_most_first"]) == len(faithful["fractions"])
-        combined = np.subtract(measures["road_least_first"], measures["road_most_first"]).mean() / 2
-        assert measures["road"]["value"] == pytest.approx(combined, abs=1e-6)
-        assert 0 < measures["insertion"]["low"] <= measures["insertion"]["high"] < 1
-    curves = [m["deletion_curve"][0] for m in faithful["methods"].values()]
+    assert (faithful.volumes, faithful.patients) == (5, 5)
+    assert faithful.pairs == sum(int(x["findings"].any(1).sum()) for x in items)
+    assert list(faithful.methods) == list(MAP_NAMES)
+    for measures in faithful.methods.values():
+        curve = measures.deletion_curve
+        assert measures.deletion.value == pytest.approx(np.trapezoid(curve, dx=1 / 16))
+        assert len(measures.road_most_first) == len(faithful.fractions)
+        combined = np.subtract(measures.road_least_first, measures.road_most_first).mean() / 2
+        assert measures.road.value == pytest.approx(combined, abs=1e-6)
+        assert 0 < measures.insertion.low <= measures.insertion.high < 1
+    curves = [m.deletion_curve[0] for m in faithful.methods.values()]
     np.testing.assert_allclose(curves, curves[0], rtol=1e-5)  # the whole volume
 
-    assert sane["layers"][0] == "fc"
-    for of_method in sane["methods"].values():
-        assert {len(values) for values in of_method.values()} == {len(sane["layers"])}
+    assert sane.layers[0] == "fc"
+    for of_method in sane.methods.values():
+        assert {len(values) for values in of_method.values()} == {len(sane.layers)}
         assert all(abs(v) < 0.999 for v in of_method["spearman"] if v is not None)
-    assert sane["maps"] == 2 * 3
-    for name, of_method in sane["defined"].items():
+    assert sane.maps == 2 * 3
+    for name, of_method in sane.defined.items():
         for kind, counts in of_method.items():
-            values = sane["methods"][name][kind]
+            values = sane.methods[name][kind]
             assert [count > 0 for count in counts] == [value is not None for value in values]
             assert all(0 <= count <= 6 for count in counts)
-    assert "NaN" not in json.dumps(result, allow_nan=False)
+    assert "NaN" not in json.dumps(plain(result), allow_nan=False)
     save_sanity_picture(tmp_path / "sanity.png", sane)
     assert (tmp_path / "sanity.png").read_bytes()[:4] == b"\x89PNG"
     lines = faithfulness_table(faithful).splitlines()
@@ -669,9 +674,9 @@ def test_means_of_checks_tell_how_many_maps_they_are_over(run, monkeypatch, tmp_
     assert present[:, 0].any()
     faithful = evaluate_checks.faithfulness(run, Cases(), prior, 4)
     rest = int(present[:, 1:].sum())
-    for name, measures in faithful["methods"].items():
+    for name, measures in faithful.methods.items():
         expected = rest if name == "organ_prior" else int(present.sum())
-        assert [measures[key]["pairs"] for key in ("insertion", "deletion", "road")] == [
+        assert [getattr(measures, key).pairs for key in ("insertion", "deletion", "road")] == [
             expected
         ] * 3
     lines = faithfulness_table(faithful).splitlines()
@@ -683,12 +688,12 @@ def test_means_of_checks_tell_how_many_maps_they_are_over(run, monkeypatch, tmp_
         return values._replace(spearman=values.spearman.at[:, 0].set(np.nan))
 
     similarity = evaluate_checks.similarity
-    whole = evaluate_checks.sanity(run, Cases(), 2)["defined"]["hirescam"]["spearman"]
+    whole = evaluate_checks.sanity(run, Cases(), 2).defined["hirescam"]["spearman"]
     monkeypatch.setattr(evaluate_checks, "similarity", some)
     sane = evaluate_checks.sanity(run, Cases(), 2)
-    found = sane["defined"]["hirescam"]["spearman"]
+    found = sane.defined["hirescam"]["spearman"]
     assert all(count <= min(before, 4) for count, before in zip(found, whole, strict=True))
-    assert found[0] == 4 < sane["maps"] == 6
+    assert found[0] == 4 < sane.maps == 6
     save_sanity_picture(tmp_path / "sanity.png", sane)
     assert (tmp_path / "sanity.png").exists()
 
@@ -704,13 +709,13 @@ def test_checks_are_on_a_random_choice_and_by_patient(run, monkeypatch):
     assert set(chosen_volumes(Many(), 10)) < set(chosen)
 
     prior = np.ones((3, 2, 4, 4))
-    monkeypatch.setattr(evaluate_checks, "patients_of", lambda source: ["one"] * len(source))
+    monkeypatch.setattr(pipeline, "patients_of", lambda source: ["one"] * len(source))
     result = evaluate_checks.faithfulness(run, Cases(), prior, 2)
-    assert result["patients"] == 1
-    for measures in result["methods"].values():
+    assert result.patients == 1
+    for measures in result.methods.values():
         for name in ("insertion", "deletion", "road"):
-            assert measures[name]["value"] is not None
-            assert measures[name]["low"] is measures[name]["high"] is None
+            assert getattr(measures, name).value is not None
+            assert getattr(measures, name).low is getattr(measures, name).high is None
 
 
 def test_checks_on_more_volumes_than_there_are(run):

@@ -15,13 +15,16 @@ from hirescam_jax.cli.main import main
 from hirescam_jax.config import Config
 from hirescam_jax.data.specs import StoreData
 from hirescam_jax.errors import UserError
+from hirescam_jax.evaluation.result import RunEvaluation
+from hirescam_jax.evaluation.tables import runs as of_runs
 from hirescam_jax.evaluation.tables.differences import difference_tables
 from hirescam_jax.evaluation.tables.masks import mask_tables
-from hirescam_jax.evaluation.tables.runs import all_tables, read_evaluations, tables, write_tables
+from hirescam_jax.evaluation.tables.runs import all_tables, read_evaluations, write_tables
+from hirescam_jax.evaluation.text import LESION_MEASURES
 from hirescam_jax.evaluation.values import Values
 from hirescam_jax.metrics import auroc, bootstrap, delong_test
 from hirescam_jax.models import AxialNet, Conv3DNet
-from hirescam_jax.reports.tables import Table
+from hirescam_jax.reports.tables import Cell, Table
 from hirescam_jax.runs.run import Header
 
 
@@ -55,6 +58,15 @@ def evaluation(auroc: float, iou: float, kind: str = "exact") -> dict[str, Any]:
 
 
 TWO = {"baseline": evaluation(0.81234, 0.3), "mask_loss": evaluation(0.8, 0.45)}
+
+
+def tables(evaluations: dict[str, Any]) -> dict[str, Table]:
+    """Of evaluations as in their files."""
+    return of_runs.tables({name: of_json(one) for name, one in evaluations.items()})
+
+
+def of_json(value: dict[str, Any]) -> RunEvaluation:
+    return RunEvaluation.from_json(json.dumps(value))
 
 
 def test_models_as_csv_hold_all_figures():
@@ -113,16 +125,17 @@ def test_latex_is_balanced():
 
 
 def test_latex_of_any_text_and_of_long_tables():
+    cell = Cell(**interval(0.5))
     text = "p#1 $x^2$ {q} ~z <5mm & [c] \\"
-    one = Table(text, ("a",), ("b",), (((text,), (interval(0.5),)),)).latex()
+    one = Table(text, ("a",), ("b",), (((text,), (cell,)),)).latex()
     escaped = (
         r"p\#1 \$x\textasciicircum{}2\$ \{q\} \textasciitilde{}z \textless{}5mm \& [c]"
         r" \textbackslash{}"
     )
     assert rf"\caption{{{escaped}}}" in one
     assert rf"{escaped} & 0.500 [0.450, 0.550] \\" in one
-    assert "{[}c] & 0.5" in Table("t", ("a",), ("b",), ((("[c]",), (interval(0.5),)),)).latex()
-    rows = tuple(((str(i),), (interval(0.5),)) for i in range(41))
+    assert "{[}c] & 0.5" in Table("t", ("a",), ("b",), ((("[c]",), (cell,)),)).latex()
+    rows = tuple(((str(i),), (cell,)) for i in range(41))
     many = Table("t", ("a",), ("b",), rows).latex()
     assert many.count(r"\begin{longtable}") == many.count(r"\end{longtable}") == 1
     assert many.count(r"\endhead") == 1
@@ -235,11 +248,13 @@ def test_labels_tell_how_many_are_positive():
 
 
 def test_lesions_have_a_table_of_their_own():
-    keys = ["iou", "dice", "otsu_iou", "pointing", "energy", "rank_accuracy", "average_precision"]
+    keys = [*LESION_MEASURES]
 
     def of_map(defined: int, pairs: int, undefined: int) -> dict[str, Any]:
         counts = {"defined": defined, "pairs": pairs, "undefined_pairs": undefined}
-        return {key: {"mean": interval(0.25), **counts} for key in keys}
+        return {
+            key: {"mean": interval(0.25), "labels": {}, **counts} for key in [*keys, "otsu_dice"]
+        }
 
     # A label has no lesion in the validation split, and so neither threshold nor organ prior.
     lesions = {"hirescam": of_map(2, 19, 1), "organ_prior": of_map(1, 9, 11)}
@@ -267,9 +282,9 @@ def header(**data: Any) -> Header:
 def test_masks_have_the_papers_layout():
     ways = [(m, d) for m in ("nearest", "area", "trilinear") for d in (False, True)]
     headers = {f"{m}_{d}": header(mask_method=m, dilate=d) for m, d in ways}
-    evaluations = {n: evaluation(0.8, 0.1 * (i + 2)) for i, n in enumerate(headers)}
+    evaluations = {n: of_json(evaluation(0.8, 0.1 * (i + 2))) for i, n in enumerate(headers)}
     other = Header(Config(data=StoreData("store")), *list(vars(header()).values())[1:5])
-    headers["baseline"], evaluations["baseline"] = other, evaluation(0.8, 0.1)
+    headers["baseline"], evaluations["baseline"] = other, of_json(evaluation(0.8, 0.1))
     (table,) = mask_tables(evaluations, headers).values()
     rows = list(csv.DictReader(io.StringIO(table.csv())))
     assert [row["masks by"] for row in rows] == ["nearest", "area", "trilinear"]
@@ -296,7 +311,7 @@ def test_masks_of_two_seeds_are_told_apart():
             headers[name] = dataclasses.replace(found, config=config)
             evaluations[name] = on_grid(evaluation(0.8, 0.4), [4, 4, 4], 30, 2)
     evaluations["area_True_7"] |= {"content": "xyz"}
-    built = mask_tables(evaluations, headers)
+    built = mask_tables({name: of_json(one) for name, one in evaluations.items()}, headers)
     assert list(built) == ["masks", "masks_2"]
     assert "dilation; seed 0; means" in built["masks"].title
     assert "dilation; seed 7; means" in built["masks_2"].title
@@ -315,7 +330,7 @@ def test_masks_of_two_networks_are_told_apart_in_a_few_words():
             found = header(mask_method=method)
             config = dataclasses.replace(found.config, model=model)
             headers[f"{method}_{len(headers)}"] = dataclasses.replace(found, config=config)
-    built = mask_tables(dict.fromkeys(headers, TWO["baseline"]), headers)
+    built = mask_tables(dict.fromkeys(headers, of_json(TWO["baseline"])), headers)
     titles = [table.title.split("dilation; ")[1].split("; means")[0] for table in built.values()]
     assert titles == [
         "model AxialNet; model.pool mean",

@@ -1,11 +1,14 @@
 """The bootstrap by counts against the plain one, which draws the cases themselves."""
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 from scipy.stats import norm
 
 from hirescam_jax.metrics import auroc, average_precision, bootstrap, nan_mean
 from hirescam_jax.metrics.bootstrap import (
+    UNKNOWN,
     Resampled,
     draws,
     group_numbers,
@@ -72,23 +75,23 @@ def test_intervals_are_those_of_the_plain_bootstrap():
                 drawn = [plain(scores[i, 0], truth[i, 0]) for i in cases]
                 middle = precision_of_others(scores[:, 0], truth[:, 0], numbers)
                 expected[1:] += middle - np.mean(drawn)
-            assert list(found.values()) == pytest.approx(expected.tolist())
+            assert astuple(found) == pytest.approx(expected.tolist())
         expected = bootstrap(lambda cases: nan_mean(values[cases, 0]), 30, 50, 7, groups=patients)
         (found,) = intervals(resampled_means(values, draws(numbers, 50, 7), numbers))
-        assert list(found.values()) == pytest.approx([float(x) for x in expected])
+        assert astuple(found) == pytest.approx([float(x) for x in expected])
 
 
 def test_no_interval_of_too_few_groups_or_of_what_does_not_vary():
     drawn = np.array([[0.5, 0.6], [0.5, 0.5], [np.nan, np.nan]])
     measure = Resampled(np.array([0.55, 0.5, 0.5]), drawn, np.full(3, 5))
-    lows = [interval["low"] for interval in intervals(measure)]
+    lows = [interval.low for interval in intervals(measure)]
     assert lows == [pytest.approx(0.5025), None, None]
-    lows = [interval["low"] for interval in intervals(measure._replace(groups=np.full(3, 4)))]
+    lows = [interval.low for interval in intervals(measure._replace(groups=np.full(3, 4)))]
     assert lows == [None] * 3
     assert measure._replace(groups=np.array([1, 2, 3])).in_mean.tolist() == [False, True, True]
     # The value lies outside.
     (aside, *_) = intervals(measure._replace(value=np.array([0.502, 0.5, 0.5])))
-    assert aside == {"value": pytest.approx(0.502), "low": None, "high": None}
+    assert astuple(aside) == (pytest.approx(0.502), None, None)
 
 
 def test_groups():
@@ -112,7 +115,7 @@ def test_mean_keeps_its_labels_in_every_resample():
     assert mean.groups.tolist() == [3]
     assert mean_of(measure, np.ones(3, bool)).groups.tolist() == [7]
     (nothing,) = intervals(mean_of(measure, np.zeros(3, bool)))
-    assert nothing == {"value": None, "low": None, "high": None}
+    assert nothing == UNKNOWN
 
 
 def true_average_precision(prevalence: float, apart: float) -> float:
@@ -141,8 +144,8 @@ def test_intervals_of_average_precision_cover_the_true_one(volumes, prevalence, 
         plain = np.mean([ranked(s[0], y, times).average_precision for s, y in columns], axis=0)
         covered["plain means"].append(covers(*np.nanpercentile(plain, [2.5, 97.5]), true))
         for name, measure in (("labels", precision), ("means", mean)):
-            found = (interval for interval in intervals(measure) if interval["low"] is not None)
-            covered[name] += [covers(one["low"], one["high"], true) for one in found]
+            found = (interval for interval in intervals(measure) if interval.low is not None)
+            covered[name] += [covers(one.low, one.high, true) for one in found]
     share = {name: np.mean(of_name) for name, of_name in covered.items()}
     assert share["plain means"] < 0.75
     assert share["labels"] > 0.88
@@ -161,10 +164,10 @@ def test_mean_average_precision_of_many_rare_labels_has_no_interval():
     numbers = np.arange(500)
     auroc, precision = resampled_ranks(scores, truth, draws(numbers, 100, 0), numbers)
     (found,) = intervals(mean_of(precision, precision.in_mean))
-    assert found["value"] > true_average_precision(0.04, 1) + 0.01
-    assert found["low"] is found["high"] is None
+    assert found.value > true_average_precision(0.04, 1) + 0.01
+    assert found.low is found.high is None
     (found,) = intervals(mean_of(auroc, auroc.in_mean))
-    assert found["low"] < found["value"] < found["high"] < found["low"] + 0.04
+    assert found.low < found.value < found.high < found.low + 0.04
 
 
 def test_precision_of_others_by_hand():
@@ -201,9 +204,9 @@ def test_mean_intervals_are_of_five_groups_with_a_value_and_more():
     values[:8, 0], values[:4, 1] = rng.normal(size=8), rng.normal(size=4)
     columns = dict(zip("abc", values.T, strict=True))
     found = mean_intervals(columns, np.arange(30))
-    assert found["a"]["low"] < found["a"]["value"] < found["a"]["high"]
-    assert found["b"] == {"value": pytest.approx(values[:4, 1].mean()), "low": None, "high": None}
-    assert found["c"] == {"value": None, "low": None, "high": None}
+    assert found["a"].low < found["a"].value < found["a"].high
+    assert astuple(found["b"]) == (pytest.approx(values[:4, 1].mean()), None, None)
+    assert found["c"] == UNKNOWN
     # Eight values of four patients.
-    assert mean_intervals(columns, np.arange(30) // 2)["a"]["low"] is None
-    assert mean_intervals({"a": values[:0, 0]}, [])["a"]["value"] is None
+    assert mean_intervals(columns, np.arange(30) // 2)["a"].low is None
+    assert mean_intervals({"a": values[:0, 0]}, [])["a"].value is None

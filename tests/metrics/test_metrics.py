@@ -1,5 +1,7 @@
 """The measures: explicit loops, scikit-learn, and the statistics of the bootstrap."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,6 @@ from hirescam_jax.metrics import (
     pointing_game,
     reliability,
 )
-from hirescam_jax.metrics import bootstrap as intervals
 
 GRIDS = [(9,), (5, 4), (4, 3, 2)]
 
@@ -278,7 +279,8 @@ def test_bootstrap_of_groups_draws_whole_groups():
 def test_bootstrap_in_parts_is_the_same(monkeypatch):
     values = np.random.default_rng(0).normal(size=30)
     whole = bootstrap(lambda c: values[c].mean(-1), 30, resamples=100)
-    monkeypatch.setattr(intervals, "_DRAWN_AT_ONCE", 30 * 7)
+    module = importlib.import_module("hirescam_jax.metrics.bootstrap")  # not the function
+    monkeypatch.setattr(module, "_DRAWN_AT_ONCE", 30 * 7)
     assert bootstrap(lambda c: values[c].mean(-1), 30, resamples=100) == whole
 
 

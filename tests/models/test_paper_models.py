@@ -250,8 +250,8 @@ CT_CONFIG = Config(
 def test_ctnet_is_trained_and_evaluated(tmp_path):
     run = train(CT_CONFIG, tmp_path / "run")
     result = evaluate_run(run, open_data(run.config, "val"), open_data(run.config, "test"))
-    assert result["organ_iou"] == {}
-    assert result["volumes"] == 2
+    assert result.scores.organ_iou == {}
+    assert result.scores.volumes == 2
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert '"mask_loss": 0.0' in lines
 

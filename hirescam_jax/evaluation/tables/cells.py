@@ -6,12 +6,13 @@ are marked, and none of them stands out as the best.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
-from hirescam_jax.evaluation.text import LESION_MEASURES
+from hirescam_jax.evaluation.result import Evaluation, LabelScores, MapScores, RunEvaluation
+from hirescam_jax.evaluation.text import shown_lesions
 from hirescam_jax.explanations.methods import EVALUATED
-from hirescam_jax.reports.tables import MISSING, Interval
-from hirescam_jax.reports.text import MAP_NAMES
+from hirescam_jax.metrics.bootstrap import UNKNOWN, Interval
+from hirescam_jax.reports.tables import MISSING, Cell
+from hirescam_jax.reports.text import MAP_NAMES, map_name
 
 IN_SAMPLE = (
     "The thresholds of the maps are chosen on this split, and its masks make the organ prior: "
@@ -32,13 +33,13 @@ LESION_PAIRS = (
 class Measure:
     """A column.
 
-    get: an evaluation -> the measure's {"mean": ..., "labels": ..., ...}, or None.
+    get: a split's measure, or None.
     better: 1 if more is better, -1 if less, 0 if neither.
     map: the model's map that it is of, if any.
     """
 
     name: str
-    get: Callable[[dict[str, Any]], dict[str, Any] | None]
+    get: Callable[[Evaluation], LabelScores | None]
     better: int = 1
     map: str = ""
 
@@ -46,31 +47,37 @@ class Measure:
 def _organ_iou(name: str) -> Measure:
     own = name in EVALUATED
     title = f"OrganIoU {MAP_NAMES[name]}"
-    return Measure(title, lambda e: e["organ_iou"].get(name), int(own), name if own else "")
+    return Measure(title, lambda e: e.organ_iou.get(name), int(own), name if own else "")
 
 
 MEASURES = (
-    Measure("AUROC", lambda e: e["auroc"]),
-    Measure("average precision", lambda e: e["average_precision"]),
+    Measure("AUROC", lambda e: e.auroc),
+    Measure("average precision", lambda e: e.average_precision),
     Measure(
         "calibration error",
-        lambda e: e.get("calibration", {}).get("expected_calibration_error"),
+        lambda e: e.calibration and e.calibration.expected_calibration_error,
         better=-1,
     ),
     *map(_organ_iou, MAP_NAMES),
 )
 
 
-def labels_of(evaluation: Any) -> list[str]:
-    return list(evaluation["auroc"]["labels"])
+def measures_of(run: RunEvaluation) -> list[LabelScores]:
+    """Those of `MEASURES` that the run has."""
+    found = (measure.get(run.scores) for measure in MEASURES)
+    return [scores for scores in found if scores]
+
+
+def regions_of(scores: LabelScores | None) -> Mapping[str, Interval]:
+    return scores.regions or {} if isinstance(scores, MapScores) else {}
 
 
 # -- what is measured -----------------------------------------------------------------------------
 
 
-def about(evaluations: Mapping[str, Any], split: str) -> tuple[str, tuple[str, ...]]:
+def about(evaluations: Mapping[str, RunEvaluation], split: str) -> tuple[str, tuple[str, ...]]:
     """Split, volumes and intervals, for a title; and the notes that its table needs."""
-    volumes = {e["volumes"] for e in evaluations.values()}
+    volumes = {e.scores.volumes for e in evaluations.values()}
     count = f"{volumes.pop()} volumes" if len(volumes) == 1 else "volumes differ between the runs"
     notes = [IN_SAMPLE] * (split == "validation")
     notes += [OTHER_VOLUMES] * bool(others(evaluations))
@@ -79,31 +86,35 @@ def about(evaluations: Mapping[str, Any], split: str) -> tuple[str, tuple[str, .
     return f"{split} split, {count}; 95 % intervals", tuple(notes)
 
 
-def others(evaluations: Mapping[str, Any]) -> list[str]:
+def others(evaluations: Mapping[str, RunEvaluation]) -> list[str]:
     """The runs that were measured on other volumes than the first."""
-    first = next(iter(evaluations.values()))
-    keys = ("content", "volumes")
-    return [name for name, e in evaluations.items() if any(e.get(k) != first.get(k) for k in keys)]
+    measured = {name: (e.scores.content, e.scores.volumes) for name, e in evaluations.items()}
+    first = next(iter(measured.values()))
+    return [name for name, volumes in measured.items() if volumes != first]
 
 
-def one_set_of_pairs(evaluations: Mapping[str, Any]) -> bool:
+def one_set_of_pairs(evaluations: Mapping[str, RunEvaluation]) -> bool:
     """Whether OrganIoU of all runs with maps, on the first one's volumes, is over as many pairs, on
     the same grid."""
     apart = others(evaluations)
     found = {
         (grid_text(e), pairs_text(e))
         for name, e in evaluations.items()
-        if name not in apart and e["organ_iou"].get("hirescam")
+        if name not in apart and _hirescam(e)
     }
     return len(found) < 2
 
 
-def _undefined_pairs(evaluations: Mapping[str, Any]) -> Iterator[str]:
+def _hirescam(run: RunEvaluation) -> MapScores | None:
+    return run.scores.organ_iou.get("hirescam")
+
+
+def _undefined_pairs(evaluations: Mapping[str, RunEvaluation]) -> Iterator[str]:
     by_count: dict[str, list[str]] = {}
     for name, e in evaluations.items():
-        found = e["organ_iou"].get("hirescam") or {}
-        if found.get("undefined_pairs"):
-            count = f"{found['undefined_pairs']} of {found['pairs'] + found['undefined_pairs']}"
+        found = _hirescam(e)
+        if found and found.undefined_pairs:
+            count = f"{found.undefined_pairs} of {(found.pairs or 0) + found.undefined_pairs}"
             by_count.setdefault(count, []).append(name)
     if by_count:
         texts = [f"{count} ({', '.join(names)})" for count, names in by_count.items()]
@@ -113,97 +124,79 @@ def _undefined_pairs(evaluations: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def grid_text(evaluation: Any) -> str:
-    return "×".join(map(str, evaluation.get("grid") or ()))
+def grid_text(run: RunEvaluation) -> str:
+    return "×".join(map(str, run.scores.grid or ()))
 
 
-def pairs_text(evaluation: Any) -> str:
+def pairs_text(run: RunEvaluation) -> str:
     """ "287 of 288": how many pairs of a volume and a finding OrganIoU is over."""
-    return _of_pairs(evaluation["organ_iou"].get("hirescam") or {})
+    return _of_pairs(_hirescam(run))
 
 
-def _of_pairs(found: Mapping[str, Any]) -> str:
-    if "pairs" not in found:
+def _of_pairs(found: MapScores | None) -> str:
+    if not found or found.pairs is None:
         return ""
-    return f"{found['pairs']} of {found['pairs'] + found['undefined_pairs']}"
+    return f"{found.pairs} of {found.pairs + (found.undefined_pairs or 0)}"
 
 
-def organ_pairs_text(evaluation: Any, organ: str) -> str:
-    found = (evaluation["organ_iou"].get("hirescam") or {}).get("regions", {}).get(organ, {})
-    return str(found.get("pairs", ""))
+def organ_pairs_text(run: RunEvaluation, organ: str) -> str:
+    found = _hirescam(run)
+    region = (found.regions or {}).get(organ) if found else None
+    return str(region.pairs) if region else ""
 
 
-def labels_text(evaluation: Any) -> str:
-    return f"{_defined(MEASURES[0].get(evaluation))} of {len(labels_of(evaluation))}"
-
-
-def positives_text(evaluation: Any, label: str) -> str:
-    """How many patients have the label; volumes, of an evaluation that does not tell."""
-    found = evaluation.get("positive_patients") or evaluation.get("positives") or {}
-    return str(found.get(label, ""))
-
-
-def _defined(found: Mapping[str, Any] | None) -> int:
-    """How many labels are in the mean."""
-    found = found or {}
-    known = sum(cell["value"] is not None for cell in found.get("labels", {}).values())
-    return found.get("defined", known)
+def labels_text(run: RunEvaluation) -> str:
+    return f"{run.scores.auroc.count} of {len(run.scores.auroc.labels)}"
 
 
 # -- cells ----------------------------------------------------------------------------------------
 
 
-def cell_of(
-    evaluation: Any, measure: Measure, part: str = "mean", key: str | None = None
-) -> Interval:
-    """Of the mean, or of a label or region `key` of `part`."""
-    result = measure.get(evaluation)
-    found = (result or {}).get(part, MISSING if key is None else {})
-    cell = found if key is None else found.get(key, MISSING)
-    cell = {end: cell[end] for end in ("value", "low", "high")}
-    if key is None:
-        cell |= {"labels": _defined(result), "usual": _defined(MEASURES[0].get(evaluation))}
-    return cell | _guarantee(evaluation, measure.map)
+def mean_cell(run: RunEvaluation, measure: Measure) -> Cell:
+    found = measure.get(run.scores)
+    labels, usual = found.count if found else 0, run.scores.auroc.count
+    mean = found.mean if found else UNKNOWN
+    return Cell(**vars(mean), labels=labels, usual=usual, holds=_holds(run, measure.map))
 
 
-def _guarantee(evaluation: Any, name: str) -> dict[str, bool]:
-    maps = (evaluation.get("head") or {}).get("maps", {})
-    return {"holds": bool(maps[name]["holds"])} if name in maps else {}
+def cell_of(run: RunEvaluation, measure: Measure, interval: Interval | None) -> Cell:
+    """Of a label or a region."""
+    ends = interval or UNKNOWN
+    return Cell(ends.value, ends.low, ends.high, holds=_holds(run, measure.map))
 
 
-def residual_cell(evaluation: Any) -> Interval:
-    found = evaluation.get("completeness")
-    return MISSING if not found else MISSING | {"value": float(found["mean"]), "form": ".1e"}
+def _holds(run: RunEvaluation, method: str) -> bool | None:
+    guarantee = run.head.maps.get(method) if run.head else None
+    return guarantee and guarantee.holds
 
 
-Row = tuple[tuple[str, ...], tuple[Interval, ...]]
+def residual_cell(run: RunEvaluation) -> Cell:
+    found = run.scores.completeness
+    return Cell(found.mean, None, None, form=".1e") if found else MISSING
 
 
-def lesion_notes(evaluations: Mapping[str, Any]) -> list[str]:
+Row = tuple[tuple[str, ...], tuple[Cell, ...]]
+
+
+def lesion_notes(evaluations: Mapping[str, RunEvaluation]) -> list[str]:
     """What to say of pairs where some have no measure."""
-    found = [e.get("lesions") or {} for e in evaluations.values()]
-    measures = [
-        of_map[key] for maps in found for of_map in maps.values() for key in LESION_MEASURES
-    ]
-    return [LESION_PAIRS] * any(measure.get("undefined_pairs") for measure in measures)
+    maps = [of for e in evaluations.values() for of in (e.scores.lesions or {}).values()]
+    undefined = (measure.undefined_pairs for of in maps for measure in shown_lesions(of))
+    return [LESION_PAIRS] * any(undefined)
 
 
-def lesion_rows(name: str, evaluation: Any) -> Iterator[Row]:
+def lesion_rows(name: str, run: RunEvaluation) -> Iterator[Row]:
     """A row a map: the run, the map, labels and pairs; then its measures against lesions."""
-    found = evaluation.get("lesions") or {}
-    counts = [_defined(of_map[key]) for of_map in found.values() for key in LESION_MEASURES]
-    usual = max(counts, default=0)
-    for of_map in [*MAP_NAMES, *(found.keys() - MAP_NAMES.keys())]:
-        if of_map not in found:
+    found = {method: shown_lesions(of) for method, of in (run.scores.lesions or {}).items()}
+    usual = max((measure.count for of in found.values() for measure in of), default=0)
+    for method in [*MAP_NAMES, *(found.keys() - MAP_NAMES.keys())]:
+        if method not in found:
             continue
-        title = MAP_NAMES.get(of_map) or of_map
-        measures = [found[of_map][key] for key in LESION_MEASURES]
-        most = max(measures, key=lambda measure: measure.get("pairs", 0))
-        labels = f"{usual} of {len(labels_of(evaluation))}"
+        measures = found[method]
+        most = max(measures, key=lambda measure: measure.pairs or 0)
+        labels = f"{usual} of {len(run.scores.auroc.labels)}"
         cells = (
-            {end: measure["mean"][end] for end in ("value", "low", "high")}
-            | {"labels": _defined(measure), "usual": usual}
-            | _guarantee(evaluation, of_map)
-            for measure in measures
+            Cell(**vars(m.mean), labels=m.count, usual=usual, holds=_holds(run, method))
+            for m in measures
         )
-        yield (name, title, labels, _of_pairs(most)), tuple(cells)
+        yield (name, map_name(method), labels, _of_pairs(most)), tuple(cells)

@@ -2,7 +2,6 @@
 the same resamples, by patient, so that what is hard for both does not widen the interval."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -16,14 +15,15 @@ from hirescam_jax.metrics.bootstrap import (
     group_numbers,
     intervals,
     mean_of,
+    null,
     resampled_means,
     resampled_ranks,
 )
 from hirescam_jax.progress import progress
-from hirescam_jax.reports.tables import MISSING, Interval, Table
+from hirescam_jax.reports.tables import MISSING, Cell, Table
 from hirescam_jax.reports.text import MAP_NAMES
 
-Row = tuple[tuple[str, ...], dict[str, Interval]]  # texts, and a cell a column
+Row = tuple[tuple[str, ...], dict[str, Cell]]  # texts, and a cell a column
 
 
 def difference_tables(
@@ -76,7 +76,7 @@ def difference_tables(
         columns = {n: _cells(_less(after[n], before[n]), "+.3f") for n in before}
         for k, (label, rows) in enumerate(of_labels.items()):
             p = delong_test(one.logits[:, k], first.logits[:, k], first.truth[:, k], numbers).p
-            test = {"AUROC p": _figure(p, ".2g")}
+            test = {"AUROC p": Cell(null(p), None, None, form=".2g")}
             rows.append(((label, name), {key: cells[k] for key, cells in columns.items()} | test))
     note = (
         f"less '{reference}', {split} split, {len(first.patients)} volumes; 95 % intervals of "
@@ -124,7 +124,9 @@ def _in_order(values: Values, labels: Sequence[str]) -> Values:
     )
 
 
-def _same_pairs(first: Values, other: Values) -> tuple[dict, dict, str]:
+def _same_pairs(
+    first: Values, other: Values
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str]:
     """OrganIoU of the model's maps of both, NaN where either is: an organ may have no cell on one
     network's grid and some on another's. Also how many pairs that leaves out, in words."""
     maps = [name for name in EVALUATED if name in first.organ_iou and name in other.organ_iou]
@@ -159,19 +161,19 @@ def _maps(
 
 def _overall(
     before: Mapping[str, Resampled], after: Mapping[str, Resampled], usual: int
-) -> dict[str, Interval]:
-    cells: dict[str, Interval] = {}
+) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {}
     for name, old in before.items():
         both = _both(old, after[name])
         old, new = mean_of(old, both), mean_of(after[name], both)
-        counts = {"labels": int(both.sum()), "usual": usual}
-        cells[name] = _cells(_less(new, old), "+.3f")[0] | counts
+        labels = int(both.sum())
+        (cells[name],) = _cells(_less(new, old), "+.3f", labels, usual)
         if name.startswith("OrganIoU"):
             with np.errstate(divide="ignore", invalid="ignore"):
                 gains = new.value / old.value - 1, new.drawn / old.drawn - 1
             value, drawn = (np.where(np.isfinite(gain), gain, np.nan) for gain in gains)
             relative = Resampled(value, drawn, _less(new, old).groups)
-            cells[f"{name}, relative"] = _cells(relative, "+.1%")[0] | counts
+            (cells[f"{name}, relative"],) = _cells(relative, "+.1%", labels, usual)
     return cells
 
 
@@ -185,9 +187,8 @@ def _less(after: Resampled, before: Resampled) -> Resampled:
     return Resampled(after.value - before.value, after.drawn - before.drawn, groups)
 
 
-def _cells(measure: Resampled, form: str) -> list[Interval]:
-    return [{**cell, "form": form} for cell in intervals(measure)]
-
-
-def _figure(value: float, form: str) -> dict[str, Any]:
-    return {"value": None if np.isnan(value) else value, "low": None, "high": None, "form": form}
+def _cells(
+    measure: Resampled, form: str, labels: int | None = None, usual: int | None = None
+) -> list[Cell]:
+    found = intervals(measure)
+    return [Cell(**vars(one), form=form, labels=labels, usual=usual) for one in found]

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hirescam_jax.config import Config, measured_alike, wherever_trained
-from hirescam_jax.evaluation.tables.cells import MEASURES, Measure, about, cell_of, others
-from hirescam_jax.reports.tables import MISSING, Interval, Table
+from hirescam_jax.evaluation.result import RunEvaluation
+from hirescam_jax.evaluation.tables.cells import MEASURES, Measure, about, mean_cell, others
+from hirescam_jax.reports.tables import MISSING, Cell, Table
 from hirescam_jax.runs.config_files import to_json
 from hirescam_jax.runs.run import Header
 
@@ -15,7 +16,7 @@ Way = tuple[str, bool]  # the method, and whether masks are dilated
 
 
 def mask_tables(
-    evaluations: Mapping[str, Any], headers: Mapping[str, Header], split: str = "test"
+    evaluations: Mapping[str, RunEvaluation], headers: Mapping[str, Header], split: str = "test"
 ) -> dict[str, Table]:
     """How the masks of the mask loss come to the grid, as in the paper: a row a method, and columns
     without and with dilation, of runs that differ in nothing else. "masks", and "masks_2" and so on
@@ -43,7 +44,7 @@ def mask_tables(
 
 
 def _of_group(
-    group: Mapping[Way, str], evaluations: Mapping[str, Any], split: str, apart: str
+    group: Mapping[Way, str], evaluations: Mapping[str, RunEvaluation], split: str, apart: str
 ) -> Table:
     own = {name: evaluations[name] for name in group.values()}
     note, notes = about(own, split)
@@ -51,11 +52,11 @@ def _of_group(
     shown = [measure for measure in MEASURES if measure.name == "AUROC" or measure.map]
     names = tuple(f"{m.name}, {w}" for m in shown for w in ("not dilated", "dilated"))
 
-    def cell(method: str, dilate: bool, measure: Measure) -> Interval:
+    def cell(method: str, dilate: bool, measure: Measure) -> Cell:
         name = group.get((method, dilate))
         if name is None:
             return MISSING
-        return cell_of(own[name], measure) | {"other": name in marked}
+        return dataclasses.replace(mean_cell(own[name], measure), other=name in marked)
 
     rows = tuple(
         ((method,), tuple(cell(method, d, m) for m in shown for d in (False, True)))

@@ -5,13 +5,11 @@ Each as CSV (all figures, for programs), Markdown and LaTeX (for people and pape
 """
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from hirescam_jax.errors import UserError
+from hirescam_jax.evaluation.result import RunEvaluation
 from hirescam_jax.evaluation.tables.cells import (
     IN_SAMPLE,
     MEASURES,
@@ -21,23 +19,24 @@ from hirescam_jax.evaluation.tables.cells import (
     about,
     cell_of,
     grid_text,
-    labels_of,
     labels_text,
     lesion_notes,
     lesion_rows,
+    mean_cell,
+    measures_of,
     one_set_of_pairs,
     organ_pairs_text,
     others,
     pairs_text,
-    positives_text,
+    regions_of,
     residual_cell,
 )
 from hirescam_jax.evaluation.tables.differences import difference_tables
 from hirescam_jax.evaluation.tables.masks import mask_tables
-from hirescam_jax.evaluation.text import LESION_MEASURES
+from hirescam_jax.evaluation.text import LESION_MEASURES, positives_text
 from hirescam_jax.evaluation.values import Values
 from hirescam_jax.files import atomic_file
-from hirescam_jax.reports.tables import Interval, Table
+from hirescam_jax.reports.tables import Cell, Table
 from hirescam_jax.runs.run import Header
 
 EVALUATION = "evaluation.json"
@@ -51,63 +50,29 @@ POSITIVES = (
 )
 
 
-def read_evaluations(runs: Sequence[Path], file: str = EVALUATION) -> dict[str, Any]:
+def read_evaluations(runs: Sequence[Path], file: str = EVALUATION) -> dict[str, RunEvaluation]:
     """The evaluations of run folders, by the folder's name.
 
     Raises:
         UserError: a folder without one, a file that is not one, two runs of one name, runs of
             other labels, or of other splits.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, RunEvaluation] = {}
     for run in runs:
-        path = run / file
         name = run.resolve().name
         if name in found:
             raise UserError(f"{run}: two runs are called '{name}': rename one of the folders")
-        try:
-            evaluation = json.loads(path.read_text(), parse_constant=_no_number)
-            _check(evaluation)
-            if evaluation.get("validation") is not None:
-                _check(evaluation["validation"])
-        except FileNotFoundError as error:
-            raise UserError(f"{run}: no {file} in it: run `hirescam evaluate {run}`") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: not an evaluation ({error}): run `hirescam evaluate {run}` again"
-            ) from error
-        found[name] = evaluation
+        found[name] = RunEvaluation.load(run / file)
     if not found:
         raise UserError("name at least one run folder")
     _check_alike(found)
     return found
 
 
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} in it")
-
-
-def _check(evaluation: Any) -> None:
-    """Raises one of many errors if the parts that tables are made of are not there."""
-    if not isinstance(evaluation["volumes"], int):
-        raise ValueError("volumes is no number")
-    _ = grid_text(evaluation), pairs_text(evaluation), *lesion_rows("", evaluation)
-    for measure in MEASURES:
-        found = measure.get(evaluation)
-        if found is None:
-            continue
-        cells = [found["mean"], *found["labels"].values(), *found.get("regions", {}).values()]
-        for of_label in (evaluation.get("lesions") or {}).values():
-            cells += [of_label[key]["mean"] for key in LESION_MEASURES]
-        for cell in cells:
-            for end in ("value", "low", "high"):
-                if not (cell[end] is None or math.isfinite(cell[end])):
-                    raise ValueError(f"{measure.name}: {end} is {cell[end]}")
-
-
-def _check_alike(evaluations: Mapping[str, Any]) -> None:
+def _check_alike(evaluations: Mapping[str, RunEvaluation]) -> None:
     first, *others = evaluations
     for name in others:
-        ours, theirs = (labels_of(evaluations[n]) for n in (first, name))
+        ours, theirs = (evaluations[n].scores.auroc.labels for n in (first, name))
         for one, more, less in ((first, ours, theirs), (name, theirs, ours)):
             extra = [label for label in more if label not in less]
             if extra:
@@ -117,15 +82,12 @@ def _check_alike(evaluations: Mapping[str, Any]) -> None:
                     f"{'it' if len(extra) == 1 else 'them'}), so that their means cannot be "
                     "compared: tabulate runs with the same labels"
                 )
-        if _split(evaluations[first]) != _split(evaluations[name]):
+        splits = evaluations[first].split, evaluations[name].split
+        if splits[0] != splits[1]:
             raise UserError(
-                f"'{first}' was measured on the {_split(evaluations[first])} split, '{name}' on "
-                f"the {_split(evaluations[name])} split: evaluate both with the same --split"
+                f"'{first}' was measured on the {splits[0]} split, '{name}' on the {splits[1]} "
+                "split: evaluate both with the same --split"
             )
-
-
-def _split(evaluation: Any) -> str:
-    return evaluation.get("split", "test")
 
 
 def tabulate(runs: Sequence[Path], out: Path, against: str = "") -> str:
@@ -151,7 +113,7 @@ def all_tables(runs: Sequence[Path], against: str = "") -> dict[str, Table]:
     evaluations = read_evaluations(runs)
     paths = {run.resolve().name: run for run in runs}
     headers = {name: Header.read(p) for name, p in paths.items() if (p / "run.json").exists()}
-    split = _split(next(iter(evaluations.values())))
+    split = next(iter(evaluations.values())).split
     built = tables(evaluations) | mask_tables(evaluations, headers, split)
     files = {name: path / f"evaluation_{split}.npz" for name, path in paths.items()}
     missing = [str(files[name]) for name in files if not files[name].exists()]
@@ -162,7 +124,7 @@ def all_tables(runs: Sequence[Path], against: str = "") -> dict[str, Table]:
     if len(files) > 1 and not missing:
         values = {name: Values.load(file) for name, file in files.items()}
         for name, one in values.items():
-            if one.content != evaluations[name].get("content"):
+            if one.content != evaluations[name].scores.content:
                 raise UserError(
                     f"{files[name]}: is not of the evaluation beside it: run `hirescam evaluate "
                     f"{paths[name]}` again"
@@ -178,71 +140,71 @@ def all_tables(runs: Sequence[Path], against: str = "") -> dict[str, Table]:
     return built
 
 
-def tables(evaluations: Mapping[str, Any]) -> dict[str, Table]:
+def tables(evaluations: Mapping[str, RunEvaluation]) -> dict[str, Table]:
     """The tables of one evaluation each, by the name of their files.
 
     "models": a row a run; "labels": a row a label and run; "organs": a row an organ and run;
     "lesions": a row a run and map, where the data has lesions. The same of the validation split
     under "models_validation" and so on, where all runs have it.
     """
-    split = _split(next(iter(evaluations.values())))
+    split = next(iter(evaluations.values())).split
     built = _of_split(evaluations, split)
-    inner = {name: _validation_of(e) for name, e in evaluations.items()}
-    if all(inner.values()):
+    inner = {
+        name: dataclasses.replace(e, split="validation", scores=e.validation)
+        for name, e in evaluations.items()
+        if e.validation
+    }
+    if len(inner) == len(evaluations):
         of_validation = _of_split(inner, "validation").items()
         built |= {f"{name}_validation": table for name, table in of_validation}
     return built
 
 
-def _validation_of(evaluation: Any) -> Any:
-    inner = evaluation.get("validation")
-    return inner and {**inner, "head": evaluation.get("head")}
-
-
-def _of_split(evaluations: Mapping[str, Any], split: str) -> dict[str, Table]:
+def _of_split(evaluations: Mapping[str, RunEvaluation], split: str) -> dict[str, Table]:
     names = tuple(measure.name for measure in MEASURES)
     note, notes = about(evaluations, split)
     apart = others(evaluations)
     shown = {name: f"{name} ‡" if name in apart else name for name in evaluations}
     comparable = one_set_of_pairs(evaluations)
 
-    def mean(name: str, measure: Measure) -> Interval:
+    def mean(name: str, measure: Measure) -> Cell:
         compared = name not in apart and (comparable or not measure.map)
-        return cell_of(evaluations[name], measure) | {"compared": compared}
+        return dataclasses.replace(mean_cell(evaluations[name], measure), compared=compared)
 
-    def keys(part: str) -> list[str]:
-        found = [m.get(e) or {} for e in evaluations.values() for m in MEASURES]
-        return list(dict.fromkeys(key for result in found for key in result.get(part, {})))
-
+    rows = []
+    for n, e in evaluations.items():
+        kind = e.head.kind if e.head else ""
+        texts = (shown[n], labels_text(e), kind, grid_text(e), pairs_text(e))
+        rows.append((texts, (*(mean(n, m) for m in MEASURES), residual_cell(e))))
     models = Table(
         f"Means over labels, {note}.",
         ("model", "labels", "head", "grid", "pairs"),
         (*names, "unexplained score"),
-        tuple(
-            (
-                (shown[n], labels_text(e), _kind(e), grid_text(e), pairs_text(e)),
-                (*(mean(n, m) for m in MEASURES), residual_cell(e)),
-            )
-            for n, e in evaluations.items()
-        ),
+        tuple(rows),
         (*(measure.better for measure in MEASURES), 0),
         notes,
     )
     built = {"models": models}
-    for part, column, count in (
-        ("labels", "label", ("positives", positives_text)),
-        ("regions", "organ", ("pairs", organ_pairs_text)),
-    ):
-        rows = []
-        for key in keys(part):
-            for n, e in evaluations.items():
-                cells = tuple(cell_of(e, m, part, key) for m in MEASURES)
-                rows.append(((key, shown[n], count[1](e, key)), cells))
-        if rows:
-            said = (*notes, *[POSITIVES] * (part == "labels"))
-            title = f"By {column}, {note}."
-            table = Table(title, (column, "model", count[0]), names, tuple(rows), notes=said)
-            built["labels" if part == "labels" else "organs"] = table
+    measured = [scores for e in evaluations.values() for scores in measures_of(e)]
+    rows = []
+    for label in dict.fromkeys(label for scores in measured for label in scores.labels):
+        for n, e in evaluations.items():
+            found = ((m, m.get(e.scores)) for m in MEASURES)
+            cells = tuple(cell_of(e, m, scores and scores.labels.get(label)) for m, scores in found)
+            rows.append(((label, shown[n], positives_text(e.scores, label)), cells))
+    if rows:
+        head = ("label", "model", "positives")
+        said = (*notes, POSITIVES)
+        built["labels"] = Table(f"By label, {note}.", head, names, tuple(rows), notes=said)
+    rows = []
+    for organ in dict.fromkeys(organ for scores in measured for organ in regions_of(scores)):
+        for n, e in evaluations.items():
+            found = ((m, regions_of(m.get(e.scores))) for m in MEASURES)
+            cells = tuple(cell_of(e, m, regions.get(organ)) for m, regions in found)
+            rows.append(((organ, shown[n], organ_pairs_text(e, organ)), cells))
+    if rows:
+        head = ("organ", "model", "pairs")
+        built["organs"] = Table(f"By organ, {note}.", head, names, tuple(rows), notes=notes)
     lesions = [row for n, e in evaluations.items() for row in lesion_rows(shown[n], e)]
     if lesions:
         built["lesions"] = Table(
@@ -253,10 +215,6 @@ def _of_split(evaluations: Mapping[str, Any], split: str) -> dict[str, Table]:
             notes=(*(n for n in notes if n in LESION_NOTES), *lesion_notes(evaluations)),
         )
     return {name: table.without_empty() for name, table in built.items()}
-
-
-def _kind(evaluation: Any) -> str:
-    return (evaluation.get("head") or {}).get("kind", "")
 
 
 def write_tables(built: Mapping[str, Table], out: Path) -> list[Path]:

@@ -9,7 +9,6 @@ Thresholds are chosen on photos of the training set that the heads do not see.
 
 import dataclasses
 import json
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from hirescam_jax.errors import UserError
+from hirescam_jax.evaluation.result import plain
 from hirescam_jax.experiments.voc.faithful import faithfulness
 from hirescam_jax.experiments.voc.maps import Pairs, compare_maps, measure_baselines
 from hirescam_jax.experiments.voc.page import table, write_page
@@ -34,7 +34,7 @@ from hirescam_jax.experiments.voc.training import (
 )
 from hirescam_jax.explanations.verdict import head_verdict
 from hirescam_jax.files import atomic_file
-from hirescam_jax.metrics.bootstrap import draws, intervals, mean_of, resampled_ranks, within_unit
+from hirescam_jax.metrics.bootstrap import draws, intervals, mean_of, resampled_ranks
 from hirescam_jax.models import MobileNetV2
 from hirescam_jax.progress import say
 from hirescam_jax.weights.pytorch import from_torch, read_weights
@@ -61,7 +61,7 @@ def prediction_scores(
     found = {}
     for name, measure in zip(("auroc", "average_precision"), measures, strict=True):
         (interval,) = intervals(mean_of(measure, measure.in_mean))
-        found[name] = {**within_unit(interval), "classes": int(measure.in_mean.sum())}
+        found[name] = {**plain(interval.within_unit()), "classes": int(measure.in_mean.sum())}
     return found
 
 
@@ -184,7 +184,7 @@ def run_voc(
             )
         result["heads"][head], shown[head] = figures, maps
     with atomic_file(out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(_plain(result), indent=2))
+        temporary.write_text(json.dumps(plain(result), indent=2))
     write_page(out, result, shown, pairs["val"], sources["val"])
     print(table(result))
     print(out / "voc.html")
@@ -215,14 +215,3 @@ def _examined(
         },
         **figures,
     }, maps
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: what is not defined is null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

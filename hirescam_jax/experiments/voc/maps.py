@@ -10,20 +10,20 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hirescam_jax.compiling import compiler_options
+from hirescam_jax.evaluation.result import plain
 from hirescam_jax.experiments.voc.photos import CLASSES, VOID
 from hirescam_jax.explanations.cam import completeness_residual, gradcam, hirescam
 from hirescam_jax.metrics import (
     ORGAN_IOU_THRESHOLDS,
     best_threshold,
-    centre_blob,
     energy_inside,
     map_average_precision,
     otsu_threshold,
     overlap,
     pointing_game,
-    random_maps,
     rank_accuracy,
 )
+from hirescam_jax.metrics.baselines import baseline_maps
 from hirescam_jax.metrics.bootstrap import mean_intervals
 from hirescam_jax.progress import progress
 
@@ -167,14 +167,6 @@ def measured(
     return threshold, values
 
 
-def baseline_maps(name: str, grid: tuple[int, ...], pairs: Pairs, seed: int) -> np.ndarray:
-    """A blob at the centre, or random maps, [P, h, w] on the feature grid."""
-    shape = (len(pairs.photo), 1, *grid)
-    if name == "centre_blob":
-        return np.array(centre_blob(shape)[:, 0])
-    return random_maps(shape, seed, pairs.photo, pairs.label[:, None])[:, 0]
-
-
 def measure_baselines(
     grid: tuple[int, ...],
     tune: Pairs,
@@ -183,18 +175,20 @@ def measure_baselines(
     val_masks: np.ndarray,
 ) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
     """`measured` of the maps that no model made."""
+    own, maps = baselines_of(grid, tune, 1), baselines_of(grid, val, 0)
     return {
         name: measured(
-            baseline_maps(name, grid, tune, 1),
-            tune,
-            tune_masks,
-            baseline_maps(name, grid, val, 0),
-            val,
-            val_masks,
-            name.replace("_", " "),
+            own[name], tune, tune_masks, maps[name], val, val_masks, name.replace("_", " ")
         )
         for name in BASELINES
     }
+
+
+def baselines_of(grid: tuple[int, ...], pairs: Pairs, seed: int) -> dict[str, np.ndarray]:
+    """A blob at the centre and random maps, [P, h, w] on the feature grid."""
+    shape = (len(pairs.photo), 1, *grid)
+    maps = baseline_maps(shape, pairs.photo, pairs.label[:, None], seed=seed)
+    return {name: map_P1hw[:, 0] for name, map_P1hw in maps.items()}
 
 
 # -- against each other ---------------------------------------------------------------------------
@@ -290,8 +284,8 @@ def compare_maps(
         chosen = {m: {n: v[rows] for n, v in of.items()} for m, of in everything.items()}
         hires, grad = chosen["hirescam"], chosen["gradcam"]
         return {
-            "maps": {method: mean_intervals(of_map, photos) for method, of_map in chosen.items()},
-            "gain": mean_intervals({n: hires[n] - grad[n] for n in MEASURES}, photos),
+            "maps": {m: plain(mean_intervals(of_map, photos)) for m, of_map in chosen.items()},
+            "gain": plain(mean_intervals({n: hires[n] - grad[n] for n in MEASURES}, photos)),
         }
 
     figures: dict[str, Any] = {
