@@ -12,6 +12,20 @@ from typing import Any
 from hirescam_jax.errors import UserError
 
 
+def new_folder(path: Path) -> None:
+    """Makes the folder, and those above it.
+
+    Raises:
+        UserError: it exists, or cannot be made.
+    """
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(f"{path}: exists; choose another folder") from error
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside `path`, and moves the file to `path` if all went well.
@@ -24,10 +38,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}): free some space, or choose "
-            "another output folder"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -70,10 +81,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             folder.rename(earlier)
         temporary.rename(folder)
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror or error}): free some space, or choose "
-            "another output folder"
-        ) from error
+        raise _unwritable(folder, error) from error
     except UserError as error:
         raise UserError(str(error).replace(str(temporary), str(folder))) from error
     finally:
@@ -84,3 +92,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if new_parent:
             with contextlib.suppress(OSError):  # it is not empty: all went well
                 folder.parent.rmdir()
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    reason = error.strerror or error
+    return UserError(
+        f"{path}: cannot be written ({reason}): free some space, or choose another output folder"
+    )

@@ -15,13 +15,10 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from hirescam_jax.compiling import compiler_options
 from hirescam_jax.data.pipeline import Source, chosen_volumes, groups_of, make_batch
 from hirescam_jax.evaluation.result import Faithfulness, MapFaithfulness, OfPairs, Sanity
-from hirescam_jax.files import atomic_file
 from hirescam_jax.inference.maps import maps_program
 from hirescam_jax.metrics import (
     blur,
@@ -36,6 +33,7 @@ from hirescam_jax.metrics import (
 from hirescam_jax.metrics.baselines import baseline_maps
 from hirescam_jax.metrics.bootstrap import UNKNOWN, mean_intervals, null
 from hirescam_jax.progress import progress
+from hirescam_jax.reports.figures import ACCENT, charts, save_png
 from hirescam_jax.reports.text import MAP_NAMES, map_name
 from hirescam_jax.runs.run import Run
 
@@ -203,11 +201,10 @@ def save_sanity_picture(path: Path, result: Sanity) -> None:
     """Similarity to the trained network's maps, by the number of layers made as new; a mean over
     fewer than all maps has their number at its point."""
     layers = ["trained", *result.layers]
-    figure = Figure(figsize=(max(7.0, 1.5 + 0.45 * len(layers)) + 2, 4.6), facecolor="white")
-    FigureCanvasAgg(figure)
     panels = {"spearman": "rank correlation", "ssim": "SSIM"}
-    axes = figure.subplots(1, len(panels), sharey=True)
-    colors = {"hirescam": "#0b6e99", "gradcam": "#c2571a"}
+    width = max(7.0, 1.5 + 0.45 * len(layers)) + 2
+    figure, axes = charts(width, 4.6, len(panels), ground="white", sharey=True)
+    colors = {"hirescam": ACCENT, "gradcam": "#c2571a"}
     for ax, (kind, title) in zip(axes, panels.items(), strict=True):
         ax.axhline(0, color="#9aa1ab", lw=0.8)
         for name, of_method in result.methods.items():
@@ -216,16 +213,13 @@ def save_sanity_picture(path: Path, result: Sanity) -> None:
             _write_counts(ax, values[1:], result.defined[name][kind], result.maps)
         ax.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=8)
         ax.set_title(f"{title} with the trained network's maps", loc="left", fontsize=10)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", color="#e5e7eb", lw=0.8)
     axes[0].set_ylim(top=1.03)
     axes[0].legend(frameon=False, fontsize=9)
     below = "layers made as new, from the output back, one more each; means over "
     below += f"{result.maps} maps, or over (n) where the rest cannot be compared"
     figure.supxlabel(below, fontsize=9)
     figure.tight_layout()
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    save_png(path, figure)
 
 
 def _write_counts(ax: Axes, values: Sequence[float], counts: Sequence[int], number: int) -> None:

@@ -18,12 +18,11 @@ from hirescam_jax.config import Adam, Config, Preprocess
 from hirescam_jax.data.phantom.phantom import Phantom, PhantomConfig
 from hirescam_jax.data.pipeline import InMemory, Source
 from hirescam_jax.data.specs import PhantomData
-from hirescam_jax.errors import UserError
 from hirescam_jax.evaluation.predict import predict
 from hirescam_jax.evaluation.result import Evaluation, plain
 from hirescam_jax.evaluation.summary import summarise
 from hirescam_jax.experiments.demo_page import TITLES, Comparison, write_report
-from hirescam_jax.files import atomic_file
+from hirescam_jax.files import atomic_file, new_folder
 from hirescam_jax.models import AxialNet
 from hirescam_jax.progress import progress, say
 from hirescam_jax.reports.text import aligned, interval_text
@@ -78,10 +77,7 @@ def demo(out: Path, config: Config | None = None) -> dict[str, Any]:
     config = config or demo_config()
     start = time.perf_counter()
     opened = {s: open_data(config, s, with_lesions=s != "train") for s in ("train", "val", "test")}
-    try:
-        out.mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError(f"{out}: exists; choose another folder with --out") from error
+    new_folder(out)
     sources = {split: _drawn(source, split) for split, source in opened.items()}
     runs: dict[str, Run] = {}
     evaluations: dict[str, Evaluation] = {}

@@ -1,17 +1,14 @@
 """The page that compares two trainings: curves, table, and the same patients side by side."""
 
-import base64
 import dataclasses
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy import ndimage
 
 from hirescam_jax.data.phantom.phantom import Phantom, PhantomCase, PhantomConfig
@@ -19,13 +16,21 @@ from hirescam_jax.evaluation.result import Evaluation
 from hirescam_jax.explanations.cam import normalize_map
 from hirescam_jax.explanations.explain import explain, model_verdict
 from hirescam_jax.explanations.methods import EVALUATED, METHODS
-from hirescam_jax.files import atomic_file
-from hirescam_jax.reports.pictures import WINDOW_HU, overlay_colors
+from hirescam_jax.reports import pages
+from hirescam_jax.reports.figures import (
+    ACCENT,
+    INK,
+    MUTED,
+    charts,
+    draw_ct,
+    figure_of,
+    overlay_colors,
+)
 from hirescam_jax.reports.text import MAP_NAMES
 from hirescam_jax.runs.run import Run
 
 TITLES = {"baseline": "without mask loss", "mask_loss": "with mask loss"}
-COLORS = {"baseline": "#8a8f98", "mask_loss": "#0b6e99"}
+COLORS = {"baseline": MUTED, "mask_loss": ACCENT}
 ORGAN, LESION = "#4be3ff", "#ffffff"
 
 
@@ -41,27 +46,23 @@ class Comparison:
 
 def write_report(path: Path, comparison: Comparison, examples: int = 6) -> None:
     """Writes one self-contained HTML page (no network), with `examples` patients."""
-    environment = Environment(
-        loader=PackageLoader("hirescam_jax.reports"), autoescape=select_autoescape(["html"])
-    )
     first = next(iter(comparison.runs.values()))
-    page = environment.get_template("report.html").render(
+    pages.write_page(
+        path,
+        "report.html",
         metrics=comparison.metrics,
-        titles=TITLES,
         rows=_rows(comparison.evaluations),
         maps=_map_rows(comparison.evaluations),
-        summary=comparison.evaluations,
-        curves=_svg(_curves(comparison.runs)),
-        bars=_svg(_bars(comparison.evaluations)),
+        curves=pages.chart(_curves(comparison.runs), "Losses of both trainings by epoch"),
+        bars=pages.chart(_bars(comparison.evaluations), "OrganIoU of both trainings by finding"),
         examples=_examples(comparison, examples),
         guarantees=_guarantees(first),
         volumes={s: getattr(first.config.data, f"{s}_size", 0) for s in ("train", "val", "test")},
         shape=first.shape,
-        spacing=first.spacing_mm,
         seed=first.config.seed,
+        organ=ORGAN,
+        lesion=LESION,
     )
-    with atomic_file(path) as temporary:
-        temporary.write_text(page)
 
 
 def _guarantees(run: Run) -> list[dict[str, Any]]:
@@ -74,18 +75,14 @@ def _guarantees(run: Run) -> list[dict[str, Any]]:
 
 
 def _rows(evaluations: dict[str, Evaluation]) -> list[dict[str, Any]]:
-    """A row a label: AUROC and OrganIoU by HiResCAM of both trainings."""
-    before, after = evaluations.values()
-    rows = []
-    for label in before.auroc.labels:
-        rows.append(
-            {
-                "label": label.replace("_", " "),
-                "auroc": [e.auroc.labels[label] for e in (before, after)],
-                "gradcam": [e.organ_iou["gradcam"].labels[label] for e in (before, after)],
-                "hirescam": [e.organ_iou["hirescam"].labels[label] for e in (before, after)],
-            }
-        )
+    """AUROC and OrganIoU of both trainings: the means, then a row a label."""
+    both = evaluations.values()
+    found = [[e.auroc for e in both]]
+    found += [[e.organ_iou[m] for e in both] for m in ("gradcam", "hirescam")]
+    rows = [{"label": "mean", "measures": [[e.mean for e in pair] for pair in found]}]
+    for label in found[0][0].labels:
+        measures = [[e.labels[label] for e in pair] for pair in found]
+        rows.append({"label": label.replace("_", " "), "measures": measures})
     return rows
 
 
@@ -104,12 +101,12 @@ def _map_rows(evaluations: dict[str, Evaluation]) -> list[dict[str, Any]]:
 
 def _curves(runs: dict[str, Run]) -> Figure:
     """Losses by epoch, training and validation, of both runs."""
-    figure, axes = _figure(9.6, 2.9, 2)
+    figure, axes = charts(11, 2.9, 2)
     for ax, (key, title) in zip(
         axes, (("class_loss", "classification loss"), ("mask_loss", "mask loss")), strict=True
     ):
         for name, run in runs.items():
-            lines = [json.loads(line) for line in (run.path / "metrics.jsonl").open()]
+            lines = [json.loads(x) for x in (run.path / "metrics.jsonl").read_text().splitlines()]
             ends = [line["step"] for line in lines if line["split"] == "val"]
             val = [line[key] for line in lines if line["split"] == "val"]
             steps = [line for line in lines if line["split"] == "train"]
@@ -124,6 +121,7 @@ def _curves(runs: dict[str, Run]) -> Figure:
                 ax.plot(epochs, train, ":", color=COLORS[name], lw=1.6)
             ax.plot(epochs, val, "-", color=COLORS[name], lw=2.2, label=TITLES[name])
         ax.set_title(title, loc="left", fontsize=11)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel("epoch   (solid: validation, dotted: training)", fontsize=9)
     axes[0].legend(frameon=False, fontsize=9)
     figure.tight_layout()
@@ -132,7 +130,7 @@ def _curves(runs: dict[str, Run]) -> Figure:
 
 def _bars(evaluations: dict[str, Evaluation]) -> Figure:
     """OrganIoU by HiResCAM, a pair of bars a label, with intervals."""
-    figure, (ax,) = _figure(9.6, 3.0, 1)
+    figure, (ax,) = charts(11, 3.0)
     labels = list(next(iter(evaluations.values())).auroc.labels)
     for i, (name, result) in enumerate(evaluations.items()):
         intervals = result.organ_iou["hirescam"].labels.values()
@@ -140,9 +138,10 @@ def _bars(evaluations: dict[str, Evaluation]) -> Figure:
         value, low, high = np.array([(i.value, i.low, i.high) for i in intervals], float).T
         x = np.arange(len(labels)) + (i - 0.5) * 0.38
         ax.bar(x, value, 0.36, color=COLORS[name], label=TITLES[name])
-        ax.errorbar(x, value, [value - low, high - value], fmt="none", ecolor="#333", lw=1)
+        ax.errorbar(x, value, [value - low, high - value], fmt="none", ecolor="black", lw=1)
     names = [label.replace("_", "\n", 1).replace("_", " ") for label in labels]
     ax.set_xticks(np.arange(len(labels)), names, fontsize=8)
+    ax.set_xlim(-0.6, len(labels) - 0.4)
     ax.set_ylim(0, 1)
     ax.set_title("OrganIoU by HiResCAM, test split, 95 % intervals", loc="left", fontsize=11)
     ax.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
@@ -182,7 +181,7 @@ def _examples(comparison: Comparison, count: int) -> list[dict[str, Any]]:
                 "label": patients.labels[label].replace("_", " "),
                 "index": index,
                 "marks": marks,
-                "picture": _png(_panel(sharp_case, label, results)),
+                "picture": pages.picture(_panel(sharp_case, label, results)),
             }
         )
     return examples
@@ -199,21 +198,19 @@ def _panel(case: PhantomCase, label: int, results: dict[tuple[str, str], Any]) -
     lesion = case.lesions[label]
     d = int(lesion.sum(axis=(1, 2)).argmax())
     allowed = np.asarray(case.regions[case.findings[label] > 0].any(axis=0))
-    figure = Figure(figsize=(14.2, 3.2), facecolor="#000000")
-    FigureCanvasAgg(figure)
+    figure = figure_of(14.2, 3.4)
     axes = figure.subplots(1, 5)
-    figure.subplots_adjust(0, 0, 1, 0.88, 0.01, 0)
-    titles = ["CT", *(f"{METHODS[m].title}, {TITLES[n]}" for n, m in results)]
+    figure.subplots_adjust(0, 0, 1, 0.84, 0.01, 0)
+    titles = ["CT", *(f"{TITLES[n]}\n{METHODS[m].title}" for n, m in results)]
     for ax, title, result in zip(axes, titles, [None, *results.values()], strict=True):
-        ax.imshow(case.volume[d], "gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1])
+        draw_ct(ax, case.volume[d])
         if result is not None:
             heat = _slice_of(result[0], case.volume.shape, d)
             ax.imshow(heat, overlay_colors(), vmin=0, vmax=1)
             title += f"   p = {result[1]:.2f}"
         ax.contour(allowed[d], [0.5], colors=ORGAN, linewidths=1.1)
         ax.contour(lesion[d], [0.5], colors=LESION, linewidths=0.9, linestyles="dashed")
-        ax.set_title(title, color="#e8e8e8", fontsize=9.5)
-        ax.set_axis_off()
+        ax.set_title(title, color=INK, fontsize=12)
     return figure
 
 
@@ -227,28 +224,3 @@ def _slice_of(map_dhw: np.ndarray, shape: tuple[int, ...], d: int) -> np.ndarray
     ]
     points = np.meshgrid(*rows, indexing="ij")
     return ndimage.map_coordinates(map_dhw, points, order=1, mode="nearest")[0]
-
-
-def _figure(width: float, height: float, columns: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), facecolor="none")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", color="#e5e7eb", lw=0.8)
-        ax.set_axisbelow(True)
-        ax.tick_params(labelsize=9)
-    return figure, axes
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, facecolor=figure.get_facecolor())
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

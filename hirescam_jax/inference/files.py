@@ -22,7 +22,8 @@ from hirescam_jax.files import atomic_folder, writing_pool
 from hirescam_jax.inference.maps import label_indices, verdict_of
 from hirescam_jax.inference.nifti import TABLE, map_file_names, write_table
 from hirescam_jax.progress import progress, say
-from hirescam_jax.reports.pictures import place, save_label_picture
+from hirescam_jax.reports.figures import save_png
+from hirescam_jax.reports.pictures import label_picture, place
 from hirescam_jax.runs.run import Run
 
 T = TypeVar("T")
@@ -207,8 +208,7 @@ def _write(
         guarantee = result.verdict.short(method)
         write_table(temporary, result.labels, result.logits, result.residuals, guarantee)
         for k in result.explained if pictures else ():
-            save_label_picture(
-                temporary / f"{names[k]}_{method}.png",
+            figure = label_picture(
                 volume,
                 result.maps[k],
                 result.affine,
@@ -217,6 +217,7 @@ def _write(
                 method=method,
                 verdict=result.verdict,
             )
+            save_png(temporary / f"{names[k]}_{method}.png", figure)
         for written in maps:
             written.result()
 

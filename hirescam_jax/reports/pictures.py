@@ -6,16 +6,12 @@ stored obliquely or upside down.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from scipy import ndimage
@@ -25,12 +21,20 @@ from hirescam_jax.data.volume import Volume
 from hirescam_jax.explanations.cam import normalize_map
 from hirescam_jax.explanations.methods import METHODS
 from hirescam_jax.explanations.verdict import HeadVerdict
+from hirescam_jax.reports.figures import (
+    BLACK,
+    INK,
+    SOFT,
+    WINDOW_HU,
+    draw_ct,
+    figure_of,
+    overlay_colors,
+)
 
-WINDOW_HU = (-1100.0, 400.0)  # wide: lung and mediastinum in one picture
 MAX_PIXELS = 640  # along a side of a plane
 SLICE_DISTANCE_MM = 12.0  # between two axial slices that are shown
 
-INK, SOFT, WARNING, PAPER = "#e8e8e8", "#a0a0a0", "#ffb454", "#000000"
+WARNING = "#ffb454"
 PLANES = ("axial", "coronal", "sagittal")
 # Per plane: the world axes (x, y, z) to the right and downwards, both against their direction,
 # then the letters at the left, right, top and bottom edge.
@@ -41,34 +45,6 @@ PLANE_LETTERS = ("RLAP", "RLSI", "APSI")
 def place(point_mm: Sequence[float] | np.ndarray) -> str:
     """A point in RAS millimetres in words: "R 52  P 10  I 120"."""
     return "  ".join(_place(axis, point_mm[axis]) for axis in range(3))
-
-
-def save_label_picture(
-    path: Path,
-    volume: Volume,
-    map_dhw: Float[np.ndarray, "d h w"],
-    affine: Float[np.ndarray, "4 4"],
-    *,
-    label: str,
-    probability: float,
-    method: str,
-    verdict: HeadVerdict | None = None,
-) -> None:
-    """Writes `label_picture` as a PNG.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    figure = label_picture(
-        volume,
-        map_dhw,
-        affine,
-        label=label,
-        probability=probability,
-        method=method,
-        verdict=verdict,
-    )
-    figure.savefig(path, dpi=110, format="png", facecolor=PAPER)
 
 
 def label_picture(
@@ -106,8 +82,7 @@ def label_picture(
     _, depth, height = np.minimum(1.5, np.diff(box_mm, axis=0)[0] / np.diff(box_mm[:, 0])) * column
     rows = [max(depth, height), depth]
     total = sum(rows) + head + gap + 0.15
-    figure = Figure(figsize=(width, total), facecolor=PAPER)
-    FigureCanvasAgg(figure)
+    figure = figure_of(width, total)
     axes = figure.subplots(2, 3, gridspec_kw={"height_ratios": rows})
     figure.subplots_adjust(
         0.15 / width, 0.15 / total, 1 - side / width, 1 - head / total, 0.03, gap * 2 / sum(rows)
@@ -219,16 +194,15 @@ def _draw_plane(
     right_mm, bottom_mm = (high_mm[[across, down]] - (columns * pixel_mm, rows * pixel_mm)).tolist()
     extent = (float(high_mm[across]), right_mm, bottom_mm, float(high_mm[down]))
     ct = cut(volume.voxels, volume.affine, WINDOW_HU[0])
-    ax.imshow(ct, "gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1], extent=extent)
+    draw_ct(ax, ct, extent)
     if map_dhw is not None:
         ax.imshow(cut(map_dhw, affine, 0.0), overlay_colors(), vmin=0, vmax=1, extent=extent)
-    ax.set_axis_off()
     ax.set_anchor("NW")
     left, right, top, bottom = PLANE_LETTERS[plane]
     marks = {left: (0.025, 0.5), right: (0.975, 0.5), top: (0.5, 0.965), bottom: (0.5, 0.035)}
     for letter, (x, y) in marks.items():
         text = ax.text(x, y, letter, transform=ax.transAxes, color=INK, ha="center", va="center")
-        text.set_path_effects([withStroke(linewidth=2.5, foreground=PAPER)])
+        text.set_path_effects([withStroke(linewidth=2.5, foreground=BLACK)])
 
 
 def _draw_cross(ax: Axes, plane: int, point_mm: np.ndarray) -> None:
@@ -244,14 +218,6 @@ def _draw_cross(ax: Axes, plane: int, point_mm: np.ndarray) -> None:
     ax.plot([x, x], [y - gap, bottom], **style)
     ax.set_xlim(left, right)
     ax.set_ylim(bottom, top)
-
-
-def overlay_colors() -> Colormap:
-    """Perceptually even, and transparent where there is little evidence."""
-    values = np.linspace(0, 1, 256)
-    colors = colormaps["inferno"](0.2 + 0.8 * values)
-    colors[:, 3] = 0.65 * np.clip((values - 0.05) / 0.45, 0, 1)
-    return ListedColormap(colors)
 
 
 def _place(axis: int, position_mm: float) -> str:

@@ -3,30 +3,27 @@
 Headers and findings of all volumes are read, the voxels of a sample only.
 """
 
-import base64
 import dataclasses
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
-from jinja2 import Environment, PackageLoader, select_autoescape
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from hirescam_jax.data.store.codec import Record
 from hirescam_jax.data.store.store import Store, read_header
 from hirescam_jax.data.study import ANYWHERE
 from hirescam_jax.errors import UserError
-from hirescam_jax.files import atomic_file
 from hirescam_jax.progress import progress
+from hirescam_jax.reports import pages
+from hirescam_jax.reports.figures import ACCENT, charts, draw_ct, figure_of
+from hirescam_jax.reports.text import aligned
 
-WINDOW_HU = (-1100, 400)
 HU_EDGES = np.arange(-1050, 1551, 20)
 SAMPLE = 24  # volumes whose voxels are read
 THUMBNAILS = 12
-ACCENT = "#0b6e99"
 OUTLINES = ("#4be3ff", "#ffb14b", "#ff6b9d", "#8df06b", "#c49bff", "#ffe14b", "#ff7b54", "#5fe0b7")
 
 
@@ -135,15 +132,10 @@ def text(summary: Summary) -> str:
         numbers = [str(found[k]) for found in summary.positives.values()]
         share = f"{summary.together[k, k] / summary.total:.1%}"
         rows.append([label, *numbers, share, _companion(summary, k)])
-    rows += [[], ["region", "missing", "findings"]]
+    regions = [["region", "missing", "findings"]]
     for r, region in enumerate(header["regions"]):
-        rows.append([region, str(summary.missing[r]), str(summary.found_in[:, r].sum())])
-    widths = [max(len(row[0]) for row in rows if row)] + [9] * (len(rows[0]) - 2)
-    for row in rows:
-        cells = [f"{row[0]:<{widths[0]}}"] if row else []
-        cells += [f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=False)]
-        lines.append("  ".join([*cells, *row[len(widths) :]]).rstrip())
-    return "\n".join(lines)
+        regions.append([region, str(summary.missing[r]), str(summary.found_in[:, r].sum())])
+    return "\n".join([*lines, aligned(rows), "", aligned(regions)])
 
 
 def write_page(out: Path, path: Path, summary: Summary) -> None:
@@ -153,9 +145,6 @@ def write_page(out: Path, path: Path, summary: Summary) -> None:
         UserError: a damaged store, or a page that cannot be written.
     """
     header = summary.header
-    environment = Environment(
-        loader=PackageLoader("hirescam_jax.reports"), autoescape=select_autoescape(["html"])
-    )
     sources = _splits(path, header)
     names = [name for name in header["regions"] if name != ANYWHERE]
     colors = {name: OUTLINES[i % len(OUTLINES)] for i, name in enumerate(names)}
@@ -171,23 +160,25 @@ def write_page(out: Path, path: Path, summary: Summary) -> None:
                 "split": next(name for name, other in sources.items() if other is source),
                 "found": [label.replace("_", " ") for label in found],
                 "coarse": header.get("fallbacks", {}).get(record.id),
-                "picture": _png(_thumbnail(record, header, colors)),
+                "picture": pages.picture(_thumbnail(record, header, colors)),
             }
         )
-    page = environment.get_template("inspect.html").render(
+    pages.write_page(
+        out,
+        "inspect.html",
         summary=summary,
         header=header,
         companions=[_companion(summary, k) for k in range(len(header["labels"]))],
         quantiles=np.quantile(summary.scan_spacing_mm, (0, 0.5, 1), axis=0).tolist()
         if len(summary.scan_spacing_mm)
         else None,
-        histogram=_svg(_histogram(summary)),
-        together=_png(_together(summary)) if len(header["labels"]) > 1 else None,
+        histogram=pages.chart(_histogram(summary), "Share of the voxels by Hounsfield units"),
+        together=pages.chart(_together(summary), "Labels that are present together")
+        if len(header["labels"]) > 1
+        else None,
         colors=colors,
         pictures=pictures,
     )
-    with atomic_file(out) as temporary:
-        temporary.write_text(page)
 
 
 def _splits(path: Path, header: dict[str, Any]) -> dict[str, Store]:
@@ -229,8 +220,7 @@ def _thumbnail(record: Record, header: dict[str, Any], colors: dict[str, str]) -
     middle = _middle([mask for mask in shown.values() if mask.any()], record.volume.shape)
     d_mm, h_mm, w_mm = extent_mm / extent_mm.max() * 3.2
     sizes = ((h_mm, w_mm), (d_mm, w_mm), (d_mm, h_mm))
-    figure = Figure(figsize=(sum(w for _, w in sizes), max(h_mm, d_mm)), facecolor="#000000")
-    FigureCanvasAgg(figure)
+    figure = figure_of(sum(w for _, w in sizes), max(h_mm, d_mm))
     ratios = [w for _, w in sizes]
     axes = figure.subplots(1, 3, gridspec_kw={"width_ratios": ratios}, squeeze=False)[0]
     figure.subplots_adjust(0, 0, 1, 1, 0.01, 0)
@@ -238,14 +228,13 @@ def _thumbnail(record: Record, header: dict[str, Any], colors: dict[str, str]) -
         cut = record.volume.take(middle[axis], axis)
         rows, columns = (extent_mm[a] for a in range(3) if a != axis)
         place = (0.0, float(columns), float(rows), 0.0)
-        ax.imshow(cut, "gray", vmin=WINDOW_HU[0], vmax=WINDOW_HU[1], extent=place)
+        draw_ct(ax, cut, place)
         for name, mask in shown.items():
             outline = mask.take(middle[axis], axis)
             if outline.any() and not outline.all():
                 line = {"colors": colors[name], "linewidths": 1.2}
                 ax.contour(outline, [0.5], origin="upper", extent=place, **line)
         ax.set_ylim(rows, 0)
-        ax.set_axis_off()
     return figure
 
 
@@ -263,19 +252,13 @@ def _middle(masks: list[Shaped[np.ndarray, "D H W"]], shape: tuple[int, ...]) ->
 
 
 def _histogram(summary: Summary) -> Figure:
-    figure = Figure(figsize=(9.6, 2.6), facecolor="none")
-    FigureCanvasAgg(figure)
-    ax = figure.subplots()
+    figure, (ax,) = charts(9.6, 2.6)
     ax.stairs(100 * summary.histogram, HU_EDGES, fill=True, color=ACCENT)
     ax.set_yscale("symlog", linthresh=0.1)
     ax.set_ylim(0)
     ax.set_yticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
     ax.set_xlabel("Hounsfield units", fontsize=9)
     ax.set_ylabel("% of the voxels", fontsize=9)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#e5e7eb", lw=0.8)
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=9)
     figure.tight_layout()
     return figure
 
@@ -286,31 +269,22 @@ def _together(summary: Summary) -> Figure:
     count = np.maximum(1, np.diag(summary.together))[:, None]
     share = np.where(np.eye(len(labels), dtype=bool), np.nan, summary.together / count)
     side = float(np.clip(0.26 * len(labels), 2.2, 14))
-    figure = Figure(figsize=(side + 2.6, side + 1.8), facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = figure_of(side + 2.6, side + 1.8, "none")
     ax = figure.subplots()
-    image = ax.imshow(share, "Blues", vmin=0, vmax=1)
+    clear = LinearSegmentedColormap.from_list("", [f"{ACCENT}00", ACCENT])  # on any ground
+    clear = clear.with_extremes(bad="#80808040")
+    image = ax.imshow(share, clear, vmin=0, vmax=1, interpolation="none")
     size = 8.5 if len(labels) <= 40 else 6
     ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size)
     ax.set_yticks(range(len(labels)), labels, fontsize=size)
-    ax.set_facecolor("#eef0f2")
+    ax.set_facecolor("none")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     bar = figure.colorbar(image, ax=ax, fraction=0.04, pad=0.03)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    if bar.solids is not None:
+        bar.solids.set_rasterized(True)  # fine lines between its steps otherwise
+    bar.ax.set_facecolor("none")
     bar.ax.tick_params(labelsize=8)
     figure.tight_layout()
     return figure
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, facecolor=figure.get_facecolor())
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    page = buffer.getvalue()
-    return page[page.index("<svg") :]

@@ -26,6 +26,7 @@ from hirescam_jax.data.store.store import Store, grid_affine, write_store
 from hirescam_jax.devices.mesh import Share
 from hirescam_jax.errors import UserError
 from hirescam_jax.reports.store_page import HU_EDGES, _thumbnail, inspect_store
+from tests.web_page import Page
 
 GRID = (2, 3, 3)
 LABELS, REGIONS, SHAPE = ("nodule", "edema", "stent"), ("lung", "heart"), (4, 6, 6)
@@ -614,6 +615,10 @@ def test_page(chests, tmp_path):
     for i in range(5):
         assert f"<b>case_{i}</b>" in page
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*', page) == []
+    found = Page(page)
+    assert (len(found.images), found.tags["svg"]) == (5, 2)
+    for words in ("5 volumes on a grid of 12 × 20 × 16 voxels", "a 3 0 60.0 % b (33%)", "lung 1 3"):
+        assert words in found.text
 
 
 def test_outlines_lie_where_the_masks_are(chests):

@@ -207,7 +207,10 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
 
 def test_command(runs, tmp_path, monkeypatch, capsys):
     by_path = {run.path: run for run in runs}
-    monkeypatch.setattr("hirescam_jax.runs.run.load_run", lambda path, which: by_path[path])
+    for path, run in by_path.items():
+        path.mkdir(exist_ok=True)
+        (path / "run.json").write_text(run.header.to_json())
+    monkeypatch.setattr(compare, "load_run", lambda path, which: by_path[path])
     out = tmp_path / "compared.json"
     paths = [str(run.path) for run in runs]
     cli.main(["compare", *paths, "--volumes", "2", "--out", str(out)])

@@ -24,11 +24,13 @@ from hirescam_jax.experiments.voc.maps import (
     measured,
     pair_maps,
 )
+from hirescam_jax.experiments.voc.page import lines_of, tables_of
 from hirescam_jax.experiments.voc.photos import CLASSES, PADDING, VOC, VOID
 from hirescam_jax.experiments.voc.training import BACKBONE
 from hirescam_jax.metrics import auroc, average_precision
 from hirescam_jax.models import MobileNetV2
 from hirescam_jax.weights.pytorch import from_torch, read_weights, to_torch, write_weights
+from tests.web_page import Page
 
 CAT, DOG, PERSON = (CLASSES.index(name) for name in ("cat", "dog", "person"))
 COLORS = {CAT: (230, 40, 30), DOG: (30, 60, 230)}
@@ -390,6 +392,13 @@ def test_files(run):
     assert pictures[0].name == f"01_val_{worst['photo']:03d}_{worst['class']}.png"
     assert "float32 rounding" in page
     assert not re.search(r"nan|inf\b", page.split("<h2>Where")[0])
+    shown = Page(page)
+    assert [alt.partition(":")[0] for alt, _ in shown.images] == [file.stem for file in pictures]
+    for rows in tables_of(result).values():
+        for row in rows:
+            assert " ".join(map(str.strip, row)) in shown.text
+    for line in lines_of(result):
+        assert " ".join(line.split()) in shown.text
 
 
 def test_the_same_folder_is_not_written_again(run, tree, weights):

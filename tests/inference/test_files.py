@@ -470,7 +470,7 @@ def test_overwrite_replaces_an_earlier_explanation(run: Run, tmp_path: Path):
     assert sorted(contents(out)) == ["a/emphysema_hirescam.nii.gz", "a/probabilities.csv"]
 
 
-@pytest.mark.parametrize("fails", ["write_nifti", "save_label_picture"])
+@pytest.mark.parametrize("fails", ["write_nifti", "save_png"])
 def test_a_failing_disk_leaves_nothing_half_written(
     run: Run, tmp_path: Path, monkeypatch: Any, fails: str
 ):

@@ -8,6 +8,7 @@ import numpy as np
 
 from hirescam_jax.data.phantom.phantom import Phantom, PhantomConfig
 from hirescam_jax.errors import UserError
+from hirescam_jax.files import new_folder
 from hirescam_jax.progress import progress
 
 
@@ -22,11 +23,8 @@ def export(out: Path, config: PhantomConfig, split: str, size: int) -> None:
         phantom = Phantom(config, split, size, (1, 1, 1))
     except ValueError as error:
         raise UserError(str(error)) from error
-    try:
-        out.mkdir(parents=True)
-        (out / "masks").mkdir()
-    except FileExistsError as error:
-        raise UserError(f"{out}: exists; choose another folder") from error
+    new_folder(out)
+    (out / "masks").mkdir()
     rows = []
     for i in progress(range(size), "drawing patients", "patient"):
         case = phantom.case(i)

@@ -26,7 +26,7 @@ from hirescam_jax.data.organs.feature_grid import Method
 from hirescam_jax.data.store.codec import Encoded, Record, encode, read_head
 from hirescam_jax.data.store.shards import Place, read_at, read_part, write_shard
 from hirescam_jax.errors import UserError
-from hirescam_jax.files import atomic_file
+from hirescam_jax.files import atomic_file, new_folder
 
 FORMAT = 2
 HEADER = "store.json"
@@ -346,10 +346,7 @@ def write_store(
     Raises:
         UserError: the folder exists, or cannot be written.
     """
-    try:
-        path.mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError(f"{path}: exists; choose another folder or remove it") from error
+    new_folder(path)
     affine = grid_affine(shape, spacing_mm)
     headers: dict[str, list[ShardHeader]] = {}
     for split, items in splits.items():

@@ -1,23 +1,20 @@
 """What `hirescam voc` shows: a table on the terminal, pictures, and a page with both."""
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from hirescam_jax.experiments.voc.faithful import MEASURES as FAITHFUL
 from hirescam_jax.experiments.voc.maps import MEASURES, METHODS, PairMaps, Pairs, enlarged
 from hirescam_jax.experiments.voc.photos import CLASSES, VOC, VOID
-from hirescam_jax.files import atomic_file
+from hirescam_jax.reports import pages
+from hirescam_jax.reports.figures import BLACK, INK, SOFT, figure_of, save_png
 from hirescam_jax.reports.text import aligned
 
 SHOWN = 12  # pairs with pictures
@@ -40,7 +37,6 @@ TITLES = {
     "gap": "global average",
     "flatten": "flatten",
 }
-INK, SOFT, BLACK = "#e8e8e8", "#a0a0a0", "#000000"
 OUTLINE = "#ffe14b"
 
 
@@ -157,15 +153,11 @@ def write_page(
         name = source.names[pairs.photo[i]]
         figure = picture(source[pairs.photo[i]], int(pairs.label[i]), maps, i, name, found[i])
         file = out / "pictures" / f"{rank:02d}_{name}_{CLASSES[pairs.label[i]]}.png"
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=100, format="png", facecolor=BLACK)
-        with atomic_file(file) as temporary:
-            temporary.write_bytes(buffer.getvalue())
-        shown.append({"name": file.stem, "png": base64.b64encode(buffer.getvalue()).decode()})
-    environment = Environment(
-        loader=PackageLoader("hirescam_jax.reports"), autoescape=select_autoescape(["html"])
-    )
-    page = environment.get_template("voc.html").render(
+        save_png(file, figure)
+        shown.append({"name": file.stem, "png": pages.picture(file.read_bytes())})
+    pages.write_page(
+        out / "voc.html",
+        "voc.html",
         result=result,
         flatten=result["heads"]["flatten"],
         gap=result["heads"]["gap"],
@@ -173,8 +165,6 @@ def write_page(
         lines=lines_of(result),
         pictures=shown,
     )
-    with atomic_file(out / "voc.html") as temporary:
-        temporary.write_text(page)
 
 
 def picture(
@@ -209,8 +199,7 @@ def picture(
     panel = 2.9
     head, foot = 0.95, 0.62
     total = (panel * height / width + head + foot, panel * len(panels))
-    figure = Figure(figsize=(total[1], total[0]), facecolor=BLACK)
-    FigureCanvasAgg(figure)
+    figure = figure_of(total[1], total[0])
     axes = figure.subplots(1, len(panels))
     figure.subplots_adjust(0.004, foot / total[0], 0.996, 1 - head / total[0], 0.02)
     for ax, (title, values, peak) in zip(axes, panels, strict=True):
