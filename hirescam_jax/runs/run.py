@@ -176,7 +176,7 @@ class Run:
         return dataclasses.replace(self, header=dataclasses.replace(self.header, config=config))
 
 
-def load_run(run_dir: Path, which: str = "best") -> Run:
+def load_run(run_dir: str | Path, which: str = "best") -> Run:
     """Opens a finished or running run with its "best" or "latest" weights, on one device.
 
     Raises:
