@@ -26,14 +26,13 @@ MIXES = (
     "the head, into the features"
 )
 
-CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
-CALLS += ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+CALLS = ("jit", "closed_call", "eval_jaxpr", "remat2", "custom_jvp_call", "custom_vjp_call")
 # Sums over devices count as such: they are over positions, where a grid is split.
 _NAMES = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
-    copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite
+    copy cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite
     le lgamma log log1p logistic lt max min mul ne neg nextafter not optimization_barrier or
-    pbroadcast pcast pow ppermute psum psum_invariant pvary real reduce_precision rem round rsqrt
+    pbroadcast pow ppermute psum psum_invariant pvary real reduce_precision rem round rsqrt
     select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor
 """
 POINTWISE = frozenset(_NAMES.split())
@@ -128,10 +127,17 @@ class _Reading:
             self.apart = None
 
     def follow(self, jaxpr: Any, inputs: list[Value]) -> list[Value]:
+        """The values of a program's results."""
         known = {id(v): value for v, value in zip(jaxpr.invars, inputs, strict=True)}
 
+        def value(v: Any) -> Value:
+            found = known.get(id(v), Constant())
+            if isinstance(found, Place):
+                return found
+            return found | {i for i, size in enumerate(getattr(v.aval, "shape", ())) if size == 1}
+
         def values(variables: list) -> list[Value]:
-            return [known.get(id(v), Constant()) for v in variables]
+            return list(map(value, variables))
 
         for equation in jaxpr.eqns:
             before = values(equation.invars)
@@ -163,7 +169,7 @@ class _Reading:
         moved = axis
         match name:
             case _ if name in POINTWISE:
-                crossed = any(other != result for _, other in places)
+                crossed = any(other[axis] != result[axis] for _, other in places)
             case _ if name in ALONG_AXES:
                 (axes,) = (np.atleast_1d(params[n]) for n in AXES if n in params)
                 crossed = axis in axes
@@ -172,7 +178,7 @@ class _Reading:
                 moved = params["broadcast_dimensions"][axis]
             case "transpose":
                 moved = params["permutation"].index(axis)
-            case "reshape" | "squeeze" | "expand_dims":
+            case "reshape" | "squeeze":
                 return [_reshaped(shape, place, result, self.count)]
             case "pad":
                 crossed = not _is_place(values[0])
@@ -226,7 +232,7 @@ def _is_place(value: Value) -> bool:
 
 def _called(params: Any) -> Any:
     """The program that one of `CALLS` runs."""
-    called = params.get("call_jaxpr", params.get("jaxpr", params.get("fun_jaxpr")))
+    called = params.get("call_jaxpr", params.get("jaxpr"))
     return getattr(called, "jaxpr", called)
 
 
@@ -237,7 +243,7 @@ def _constant_along(equation: Any, values: list[Value]) -> Constant:
     operands = [(v.aval.shape, value) for v, value in zip(equation.invars, values, strict=True)]
     if name == "broadcast_in_dim":
         (shape, value), places = operands[0], equation.params["broadcast_dimensions"]
-        axes -= {places[i] for i, size in enumerate(shape) if size != 1 and i not in value}
+        axes -= {places[i] for i in range(len(shape)) if i not in value}
     elif name in POINTWISE:
         axes.intersection_update(*(value for shape, value in operands if shape))
     else:

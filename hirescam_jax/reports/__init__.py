@@ -1,5 +1,8 @@
 """What people look at: pictures, pages, tables, aligned text.
 
-text.py, tables.py  text;  pictures.py  slices with a map
-store_page.py       the page of `hirescam inspect`; templates/ has the HTML
+text.py, tables.py  text
+figures.py          what all figures share: colours, charts, a CT in grey, PNG
+pictures.py         slices of a CT with a map
+pages.py            HTML from templates/, of which base.html has the style of all pages
+store_page.py       the page of `hirescam inspect`; the others are in experiments/
 """

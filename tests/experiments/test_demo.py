@@ -15,7 +15,7 @@ from hirescam_jax.reports.text import MAP_NAMES
 from tests.web_page import Page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_demo_writes_its_figures_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = AxialNet(blocks=(1,), widths=(4,), stem="small", conv_widths=(4,), conv_padding="SAME")
     data = PhantomData(PhantomConfig(shape=(24, 24, 24)), train_size=8, val_size=8, test_size=24)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from hirescam_jax.explanations.cam import (
     completeness_residual,
@@ -19,6 +20,7 @@ from hirescam_jax.explanations.inputs import occlusion
 from hirescam_jax.explanations.methods import METHODS
 from hirescam_jax.losses import mask_loss
 from hirescam_jax.models import AxialNet, Conv3DNet
+from tests.rounding import assert_same_but_for_rounding
 
 GRIDS = {"1D": (7,), "2D": (5, 4), "3D": (4, 3, 2)}
 HEADS = ("linear", "gap_fc", "max_slices", "mlp")
@@ -341,6 +343,42 @@ def test_one_gradient_serves_a_batch_where_it_can(name):
     assert has_one_gradient(head, features, head(features))
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["alike", "own"])
+def test_one_gradient_serves_a_batch_on_a_mesh_too(own):
+    """Where sums over devices are in the head's program."""
+    features = jnp.asarray(OWN_RNG.normal(size=(4, 3, 4)), jnp.float32)
+    mesh = jax.make_mesh((1,), ("depth",), axis_types=(jax.sharding.AxisType.Auto,))
+    found = []
+
+    def head(kernel, x):
+        logits = jax.lax.psum(x.sum(axis=1), "depth") @ kernel[:4] + kernel[0]
+        return logits * jnp.arange(1, 5)[:, None] if own else logits
+
+    def maps_of(kernel, x):
+        logits = head(kernel, x)
+        found.append(has_one_gradient(partial(head, kernel), x, logits))
+        return hirescam(partial(head, kernel), x)
+
+    specs = PartitionSpec(), PartitionSpec(None, "depth")
+    out = PartitionSpec(None, None, "depth")
+    maps = jax.jit(jax.shard_map(maps_of, mesh=mesh, in_specs=specs, out_specs=out))(
+        OWN_KERNEL, features
+    )
+    assert found == [not own]
+    expected = jnp.einsum("bdc,ck->bkd", features, OWN_KERNEL[:4])
+    expected = expected * jnp.arange(1, 5)[:, None, None] if own else expected
+    np.testing.assert_allclose(maps, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_takes_no_batch_of_one():
+    def head(x):
+        return x.reshape(4, -1) @ OWN_KERNEL
+
+    features = jnp.asarray(OWN_RNG.normal(size=(4, 3, 4)), jnp.float32)
+    expected = jnp.einsum("bdc,dck->bkd", features, OWN_KERNEL.reshape(3, 4, 2))
+    np.testing.assert_allclose(hirescam(head, features), expected, rtol=1e-5, atol=1e-6)
+
+
 # -- transformations ------------------------------------------------------------------------------
 
 
@@ -588,9 +626,11 @@ def test_normalize_map_hides_no_value_that_is_not_finite(broken):
 
 def test_normalize_map_of_the_last_axes_only():
     maps = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 4, 4)), jnp.float32)
-    flat = normalize_map(maps.reshape(6, 1, 4, 4))
-    np.testing.assert_array_equal(normalize_map(maps, spatial_axes=2), np.reshape(flat, maps.shape))
-    np.testing.assert_array_equal(normalize_map(maps[0, 0], spatial_axes=2), np.asarray(flat)[0, 0])
+    flat = np.reshape(normalize_map(maps.reshape(6, 1, 4, 4)), maps.shape)
+    # Each value is subtracted from once, and divided once.
+    same = partial(assert_same_but_for_rounding, terms=2)
+    same(normalize_map(maps, spatial_axes=2), flat)
+    same(normalize_map(maps[0, 0], spatial_axes=2), flat[0, 0])
 
 
 def test_normalize_map_has_a_finite_gradient_at_zero_maps():

@@ -208,6 +208,7 @@ SEEN = {
     "transposed": (False, lambda x: x.reshape(3, -1)[:, :3].T),
     "padded": (False, lambda x: jnp.pad(flat(x), ((1, 0), (0, 0)))[:3]),
     "a window": (False, lambda x: jax.lax.cumsum(flat(x))),
+    "scaled": (True, lambda x: flat(x / jnp.abs(x).max(axis=(2, 3, 4), keepdims=True))),
     "of two": (True, lambda x: jnp.einsum("bi,bj->bij", flat(x), flat(x)).sum(axis=2)),
     "a loop": (None, lambda x: jax.lax.map(jnp.ravel, x)),
     "no features": (True, lambda x: jnp.ones((3, 2))),

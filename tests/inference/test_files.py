@@ -24,6 +24,7 @@ from hirescam_jax.inference.files import explain_files
 from hirescam_jax.models import AxialNet
 from hirescam_jax.reports.pictures import label_picture, place
 from hirescam_jax.runs.run import Header, Run
+from tests.rounding import assert_same_but_for_rounding
 
 CT = "ct/tcga_34_2605_ct.nii.gz"  # 512x512x61
 SMALL_CT = "ct/acil_ct64_ct.nii.gz"  # 64x64x79
@@ -220,9 +221,19 @@ def same_at_the_same_places(
 ) -> None:
     paths = [stored_as(image, axes, tmp_path / f"{axes}.nii") for axes in orders]
     results = explain_files(run, paths, tmp_path / "out", labels=["nodule"], pictures=False)
+    # The same voxels in other rows of a batch, which a program need not add up in one order: six
+    # convolutions, those behind the first with 4, 4, 4, 8 and 8 channels, and a sum over four; the
+    # score is that of its map, and a probability changes by at most a quarter of it.
+    terms = 9 * (3 + 4 + 4 + 4 + 8 + 8) + 6 * 4 + 4
+    scale = np.abs(results[0].maps).sum((1, 2, 3)).max() / 4
     for result in results[1:]:
-        np.testing.assert_array_equal(result.probabilities, results[0].probabilities)
-        np.testing.assert_array_equal(result.maps, results[0].maps)
+        assert_same_but_for_rounding(result.maps, results[0].maps, terms=terms)
+        assert_same_but_for_rounding(
+            result.probabilities,
+            results[0].probabilities,
+            terms=terms + results[0].maps[0].size,
+            scale=scale,
+        )
     maps = [nibabel.load(tmp_path / "out" / axes / "nodule_hirescam.nii.gz") for axes in orders]
     values = [m.get_fdata(dtype=np.float32) for m in maps]
     index = np.random.default_rng(0).integers(0, values[0].shape, (5000, 3))
