@@ -12,7 +12,7 @@ PROGRAM = "hirescam"
 
 
 def names_of(text: str) -> list[str]:
-    """Of a text with commas between them."""
+    """The names in a text, with commas between them."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 

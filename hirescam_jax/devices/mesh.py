@@ -4,12 +4,14 @@ Two axes: over `data` the volumes of a batch are split, over `depth` the slices 
 steps run under `jax.shard_map`: each device computes with its own volumes and slices, and what must
 be known of the others is asked for by name: `total` and `largest` here. Outside a `shard_map` those
 axes do not exist and both return what they are given, so the networks are the same code everywhere.
+How much of a device's part is padding is said once a step (`volume_of`).
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +99,16 @@ def total(x: Any, *names: str) -> Any:
     return lax.psum(own(x, *axes), axes) if axes else x
 
 
+def total_of_parts(tree: Any, *names: str) -> Any:
+    """The sum of each array over those of these axes along which, by its type, it varies."""
+
+    def one(x: Array) -> Array:
+        axes = tuple(a for a in split_axes(*names) if varies(x, a))
+        return lax.psum(x, axes) if axes else x
+
+    return jax.tree.map(one, tree)
+
+
 def largest(x: Array, *names: str) -> Array:
     """The maximum over the devices along these axes; without a gradient."""
     axes = split_axes(*names)
@@ -109,28 +121,92 @@ def own(tree: Any, *names: str) -> Any:
     the device's part of the loss alone, to be summed once by `total`."""
 
     def one(x: Array) -> Array:
-        missing = tuple(a for a in split_axes(*names) if a not in jax.typeof(x).mat.varying)
+        missing = tuple(a for a in split_axes(*names) if not varies(x, a))
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(one, tree)
 
 
-def real_cells(local: int, cells: int | None) -> Bool[Array, " d"] | None:
-    """Which of this device's `local` cells along the depth are real and not padding.
+def varies(x: Array, name: str) -> bool:
+    """Whether the devices along an axis may have different values of `x`, by its type."""
+    return name in jax.typeof(x).mat.varying
 
-    Args:
-        cells: cells of the whole volume; None if none is padded.
 
-    Returns:
-        None where no device has any padding.
+class _Volumes(NamedTuple):
+    batch: int
+    local: int
+    cells: int
+
+
+# Part of the key of JAX's caches: what is traced in one of these contexts is never used in another.
+_volumes: Any = jax.make_user_context(None)
+
+
+def volume_of(batch: int, local: int, cells: int) -> AbstractContextManager:
+    """While this is entered, what is traced is of `batch` volumes on this device, each with `local`
+    feature cells along the depth here, padding included, and `cells` real ones on all devices."""
+    return _volumes(_Volumes(batch, local, cells))
+
+
+def whole(local: int) -> int:
+    """How many real places along the depth a whole volume has, of which this device holds `local`,
+    padding included. Places are feature cells, or what each of them is made of.
+
+    Raises:
+        ValueError: the depth is split over devices, and there is no `volume_of`, or `local` is no
+            multiple of its cells.
     """
-    if cells is None or local * parts(DEPTH) == cells:
+    if parts(DEPTH) == 1:
+        return local
+    volumes = _volumes.value
+    if volumes is None:
+        raise ValueError("the depth is split over devices: enter `sharding.volume_of` first")
+    if local % volumes.local:
+        raise ValueError(
+            f"{local} places along the depth, on a device that has {volumes.local} feature cells "
+            "there: it cannot be told which of them are padding"
+        )
+    return local // volumes.local * volumes.cells
+
+
+def real(local: int) -> Bool[Array, " d"] | None:
+    """Which of this device's `local` places along the depth are real and not padding; None where no
+    device has any padding. Raises as `whole`."""
+    if parts(DEPTH) == 1 or _unpadded():
         return None
-    return first_cell(local) + jnp.arange(local) < cells
+    return first(local) + jnp.arange(local) < whole(local)
 
 
-def first_cell(local: int) -> Array | int:
-    """Index in the whole volume of the first of this device's `local` cells along the depth."""
+def real_examples(shape: Sequence[int]) -> Bool[Array, "..."] | None:
+    """Which parts of an array are real and not padding, as ones that broadcast to its shape: images
+    [B * slices, h, w, C] or volumes [B, d, h, w, C]. None where no device has any padding.
+
+    Raises:
+        ValueError: it cannot be told, since the array is of another kind.
+    """
+    if parts(DEPTH) == 1 or _unpadded():
+        return None
+    batch = _volumes.value.batch
+    if len(shape) == 5 and shape[0] == batch:
+        mask, lead = real(shape[1]), (1, shape[1])
+    elif len(shape) == 4 and shape[0] % batch == 0:
+        mask, lead = real(shape[0] // batch), (shape[0],)
+        mask = jnp.tile(mask, batch)
+    else:
+        raise ValueError(
+            f"an array of shape {tuple(shape)} is neither images [B * slices, h, w, C] nor volumes "
+            f"[B, d, h, w, C] with B = {batch}: it cannot be told which of it is padding"
+        )
+    return mask.reshape(*lead, *[1] * (len(shape) - len(lead)))
+
+
+def _unpadded() -> bool:
+    volumes = _volumes.value
+    return volumes is not None and volumes.local * parts(DEPTH) == volumes.cells
+
+
+def first(local: int) -> Array | int:
+    """Index in the whole volume of the first of this device's `local` places along the depth."""
     return lax.axis_index(DEPTH) * local if split_axes(DEPTH) else 0
 
 
@@ -196,7 +272,7 @@ class Layout:
     """How a batch of volumes lies on a mesh.
 
     Slice counts that do not divide are padded: every device has the same number of feature cells
-    along the depth, of which those behind the last real one are masked (`real_cells`).
+    along the depth, of which those behind the last real one are masked (`real`).
 
     Attributes:
         mesh: axes (data, depth).

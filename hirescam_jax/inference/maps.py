@@ -20,6 +20,7 @@ from hirescam_jax.errors import UserError
 from hirescam_jax.explanations.explain import model_verdict
 from hirescam_jax.explanations.methods import EVALUATED, METHODS
 from hirescam_jax.explanations.verdict import HeadVerdict
+from hirescam_jax.models.contract import features_of, head_of
 from hirescam_jax.runs.run import Run
 
 
@@ -64,22 +65,18 @@ def explain_step(
 ) -> tuple[Array, dict[str, Array]]:
     """Logits [B, K] and raw signed maps [B, K, d, h, w] of int16 volumes [B, D, H, W] that lie on a
     mesh; each device explains its own volumes and slices. With `labels`, maps of those only."""
-    model: Any = config.model
+    model, local = config.model, layout.padded_cells // layout.mesh.shape[DEPTH]
 
     def part(variables: Any, volume: Array) -> tuple[Array, dict[str, Array]]:
-        volume, cells = config.preprocess.normalize(volume), layout.cells
-        features = model.apply(variables, volume, False, cells, method="features")
-
-        def head(features):
-            return model.apply(variables, features, False, cells, method="head")
-
-        maps = {}
-        for name in methods:
-            options = {}
-            if METHODS[name].over_grid and sharding.split_axes(DEPTH):
-                options = {"axis_name": DEPTH, "positions": math.prod(layout.grid)}
-            maps[name] = METHODS[name](head, features, labels, **options)
-        return head(features), maps
+        with sharding.volume_of(volume.shape[0], local, layout.cells):
+            features = features_of(model, variables, config.preprocess.normalize(volume))
+            head, maps = head_of(model, variables), {}
+            for name in methods:
+                options = {}
+                if METHODS[name].over_grid and sharding.split_axes(DEPTH):
+                    options = {"axis_name": DEPTH, "positions": math.prod(layout.grid)}
+                maps[name] = METHODS[name](head, features, labels, **options)
+            return head(features), maps
 
     specs = (sharding.WHOLE, sharding.SPECS["volume"]), (PartitionSpec(DATA), sharding.MAPS)
     logits, maps = sharding.split(part, layout.mesh, *specs)(variables, volume)
@@ -101,12 +98,10 @@ def head_bias(run: Run) -> Float[np.ndarray, " K"]:
 
 def maps_program(run: Run) -> Callable[[Any, Array], dict[str, Array]]:
     """(variables, volumes [B, D, H, W]) -> raw maps [B, K, d, h, w] by method."""
-    model: Any = run.model
 
     @partial(jax.jit, compiler_options=compiler_options())
     def program(variables: Any, volumes: Array) -> dict[str, Array]:
-        features = model.apply(variables, volumes, method="features")
-        head = partial(model.apply, variables, method="head")
+        features, head = features_of(run.model, variables, volumes), head_of(run.model, variables)
         return {name: METHODS[name](head, features) for name in EVALUATED}
 
     return program

@@ -7,9 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hirescam_jax.devices import mesh as sharding
-from hirescam_jax.devices.mesh import DEPTH
-from hirescam_jax.models.heads import DepthDense
+from hirescam_jax.models.heads import DepthDense, depth_max, depth_mean
 from hirescam_jax.models.layers import ResNet, conv, wide
 
 
@@ -58,11 +56,6 @@ class AxialNet(nn.Module):
         """Slices that make one feature cell along the depth; cells do not overlap."""
         return self.channels
 
-    def behind_depth(self, name: str) -> bool:
-        """Whether a parameter ("fc/kernel", say) acts on what all slices were summed to."""
-        behind = {"mean": ("fc/kernel", "fc/bias"), "dense": ("fc/bias",)}
-        return name in behind.get(self.pool, ())
-
     def setup(self):
         if self.pool not in ("mean", "max", "dense"):
             raise ValueError(f"pool must be 'mean', 'max' or 'dense', got {self.pool!r}")
@@ -75,51 +68,24 @@ class AxialNet(nn.Module):
         one_slice = nn.Dense(self.num_labels, precision="highest")
         self.fc: Any = DepthDense(self.num_labels) if self.pool == "dense" else one_slice
 
-    def features(
-        self, volumes: Float[Array, "B *dims"], train: bool = False, cells: int | None = None
-    ) -> Array:
-        """Volumes [B, D, H, W] or [B, S, H, W, channels] -> features [B, S, h, w, C], float32.
-
-        `cells`: where the slices are split over devices and padded, the S of a whole volume. The
-        features of padding are zero.
-        """
+    def features(self, volumes: Float[Array, "B *dims"], train: bool = False) -> Array:
+        """Volumes [B, D, H, W] or [B, S, H, W, channels] -> features [B, S, h, w, C], float32."""
         if volumes.ndim == 4:
             volumes = stack_slices(volumes, self.channels)
         images = volumes.reshape(-1, *volumes.shape[2:])
-        real = sharding.real_cells(volumes.shape[1], cells)
-        real_images = None if real is None else jnp.tile(real, volumes.shape[0])
-        x = self.resnet(images.astype(self.dtype), train, real_images)
+        x = self.resnet(images.astype(self.dtype), train)
         for layer in self.convs:
             x = nn.relu(layer(x))
-        x = wide(x.reshape(*volumes.shape[:2], *x.shape[1:]))
-        return x if real is None else jnp.where(real[:, None, None, None], x, 0)
+        return wide(x.reshape(*volumes.shape[:2], *x.shape[1:]))
 
-    def head(
-        self, features: Float[Array, "B S h w C"], train: bool = False, cells: int | None = None
-    ) -> Array:
-        """Features -> logits [B, K]. `cells` as in `features`."""
+    def head(self, features: Float[Array, "B S h w C"], train: bool = False) -> Array:
+        """Features -> logits [B, K]."""
         if self.pool == "dense":
-            return self.fc(features, cells)
-        slices = features.shape[1]
-        real = sharding.real_cells(slices, cells)
-        if self.pool == "mean":
-            # A linear layer and a mean commute; this order costs one slice instead of S.
-            count = cells or slices * sharding.parts(DEPTH)
-            if real is not None:
-                # No part of the map; a product, so that the head is seen to be affine.
-                features = features * real[:, None, None, None]
-            return self.fc(_flat(sharding.total(features.sum(axis=1), DEPTH) / count))
-        scores_BSK = self.fc(_flat(features))
-        if real is not None:
-            scores_BSK = jnp.where(real[:, None], scores_BSK, -jnp.inf)
-        if not sharding.split_axes(DEPTH):
-            return scores_BSK.max(axis=1)
-        # As `max` does, equal slices share the gradient.
-        best_BK = sharding.largest(scores_BSK.max(axis=1), DEPTH)
-        wins_BSK = scores_BSK == best_BK[:, None]
-        sums = jnp.where(wins_BSK, scores_BSK, 0).sum(axis=1), wins_BSK.sum(axis=1)
-        score_BK, count_BK = sharding.total(sums, DEPTH)
-        return score_BK / count_BK
+            return self.fc(features)
+        if self.pool == "max":
+            return depth_max(self.fc(_flat(features)))
+        # A linear layer and a mean commute; this order costs one slice instead of S.
+        return self.fc(_flat(depth_mean(features)))
 
     def attention_scale(self, grid: Sequence[int]) -> float:
         """What turns HiResCAM into a slice's own attention: the mean over slices is undone."""

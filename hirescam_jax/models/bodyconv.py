@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.models.axialnet import stack_slices
 from hirescam_jax.models.heads import DepthDense, Dropout
 from hirescam_jax.models.layers import Conv3D, ResNet, wide
@@ -58,10 +57,6 @@ class BodyConv(nn.Module):
         convolution is as deep as its stride."""
         return self.channels * 3 ** len(self.conv_widths)
 
-    def behind_depth(self, name: str) -> bool:
-        """Whether a parameter ("fc/kernel", say) acts on what all slices were summed to."""
-        return _behind_depth(self.hidden, name)
-
     def setup(self):
         dtype = jnp.dtype(self.dtype)
         self.resnet = ResNet(self.blocks, self.widths, self.stem, dtype, self.remat, self.block)
@@ -69,34 +64,22 @@ class BodyConv(nn.Module):
         self.hiddens, self.fc = _dense_layers(self.hidden, self.num_labels)
         self.drop = Dropout(self.dropout)
 
-    def features(
-        self, volumes: Float[Array, "B *dims"], train: bool = False, cells: int | None = None
-    ) -> Array:
-        """Volumes [B, D, H, W] or [B, S, H, W, channels] -> features [B, d, h, w, C], float32.
-
-        `cells`: where the slices are split over devices and padded, the d of a whole volume. The
-        features of padding are zero.
-        """
+    def features(self, volumes: Float[Array, "B *dims"], train: bool = False) -> Array:
+        """Volumes [B, D, H, W] or [B, S, H, W, channels] -> features [B, d, h, w, C], float32."""
         if volumes.ndim == 4:
             volumes = stack_slices(volumes, self.channels)
         unit = self.depth_unit // self.channels
         volumes = volumes[:, : volumes.shape[1] // unit * unit]
-        real = sharding.real_cells(volumes.shape[1], cells and cells * unit)
-        real_images = None if real is None else jnp.tile(real, volumes.shape[0])
         images = volumes.reshape(-1, *volumes.shape[2:])
-        x = self.resnet(images.astype(self.dtype), train, real_images)
+        x = self.resnet(images.astype(self.dtype), train)
         x = x.reshape(*volumes.shape[:2], *x.shape[1:])
         for layer in self.convs:
             x = nn.relu(layer(x))
-        real = sharding.real_cells(x.shape[1], cells)
-        x = wide(x)
-        return x if real is None else jnp.where(real[:, None, None, None], x, 0)
+        return wide(x)
 
-    def head(
-        self, features: Float[Array, "B d h w C"], train: bool = False, cells: int | None = None
-    ) -> Array:
-        """Features -> logits [B, K]. `cells` as in `features`."""
-        return _classify((*self.hiddens, self.fc), self.drop, features, train, cells)
+    def head(self, features: Float[Array, "B d h w C"], train: bool = False) -> Array:
+        """Features -> logits [B, K]."""
+        return _classify((*self.hiddens, self.fc), self.drop, features, train)
 
     def attention_scale(self, grid: Sequence[int]) -> float:
         """Nothing is averaged behind the features, so HiResCAM is the attention."""
@@ -139,10 +122,6 @@ class CTNet(nn.Module):
         """No slices make a feature cell of their own."""
         return None
 
-    def behind_depth(self, name: str) -> bool:
-        """As `BodyConv`'s; the depth is on one device."""
-        return _behind_depth(self.hidden, name)
-
     def setup(self):
         dtype = jnp.dtype(self.dtype)
         self.resnet = ResNet(self.blocks, self.widths, self.stem, dtype, self.remat, self.block)
@@ -150,11 +129,8 @@ class CTNet(nn.Module):
         self.hiddens, self.fc = _dense_layers(self.hidden, self.num_labels)
         self.drop = Dropout(self.dropout)
 
-    def features(
-        self, volumes: Float[Array, "B *dims"], train: bool = False, cells: int | None = None
-    ) -> Array:
-        """Volumes [B, D, H, W] or [B, S, H, W, channels] -> features [B, f, h, w, C], float32.
-        `cells` must be f, or None."""
+    def features(self, volumes: Float[Array, "B *dims"], train: bool = False) -> Array:
+        """Volumes [B, D, H, W] or [B, S, H, W, channels] -> features [B, f, h, w, C], float32."""
         if volumes.ndim == 4:
             volumes = stack_slices(volumes, self.channels)
         images = volumes.reshape(-1, *volumes.shape[2:])
@@ -164,11 +140,9 @@ class CTNet(nn.Module):
             x = nn.relu(layer(x))
         return wide(x)
 
-    def head(
-        self, features: Float[Array, "B f h w C"], train: bool = False, cells: int | None = None
-    ) -> Array:
+    def head(self, features: Float[Array, "B f h w C"], train: bool = False) -> Array:
         """Features -> logits [B, K]."""
-        return _classify((*self.hiddens, self.fc), self.drop, features, train, cells)
+        return _classify((*self.hiddens, self.fc), self.drop, features, train)
 
     def attention_scale(self, grid: Sequence[int]) -> float:
         """Nothing is averaged behind the features."""
@@ -193,15 +167,8 @@ def _dense_layers(hidden: tuple[int, ...], num_labels: int) -> tuple[list[Any], 
     return hiddens, last
 
 
-def _classify(
-    layers: Sequence[Any], drop: Dropout, features: Array, train: bool, cells: int | None
-) -> Array:
-    x = layers[0](features, cells)
+def _classify(layers: Sequence[Any], drop: Dropout, features: Array, train: bool) -> Array:
+    x = layers[0](features)
     for layer in layers[1:]:
         x = layer(drop(nn.relu(x), train))
     return x
-
-
-def _behind_depth(hidden: tuple[int, ...], name: str) -> bool:
-    first = "hiddens_0/kernel" if hidden else "fc/kernel"
-    return name.startswith(("hiddens", "fc")) and name != first

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.models.heads import DepthDense, Dropout
 from hirescam_jax.models.layers import Conv3D, wide
 
@@ -42,11 +41,6 @@ class Conv3DNet(nn.Module):
         convolution is as wide as its stride."""
         return 3 ** len(self.widths)
 
-    def behind_depth(self, name: str) -> bool:
-        """Whether a parameter ("fc/kernel", say) acts on what all slices were summed to."""
-        first = "hiddens_0/kernel" if self.hidden else "fc/kernel"
-        return name.startswith(("hiddens", "fc")) and name != first
-
     def setup(self):
         dtype = jnp.dtype(self.dtype)
         self.convs = [Conv3D(width, 3, 3, dtype=dtype) for width in self.widths]
@@ -59,27 +53,17 @@ class Conv3DNet(nn.Module):
         last = nn.Dense(self.num_labels, precision="highest")
         self.fc = last if self.hidden else DepthDense(self.num_labels)
 
-    def features(
-        self, volumes: Float[Array, "B D H W"], train: bool = False, cells: int | None = None
-    ) -> Array:
-        """Volumes [B, D, H, W] -> features [B, d, h, w, C], float32.
-
-        `cells`: where the slices are split over devices and padded, the d of a whole volume. The
-        features of padding are zero.
-        """
+    def features(self, volumes: Float[Array, "B D H W"], train: bool = False) -> Array:
+        """Volumes [B, D, H, W] -> features [B, d, h, w, C], float32."""
         x = volumes[..., None].astype(self.dtype)
         for layer in (*self.convs, *self.narrows):
             x = nn.relu(layer(x))
-        real = sharding.real_cells(x.shape[1], cells)
-        x = wide(x)
-        return x if real is None else jnp.where(real[:, None, None, None], x, 0)
+        return wide(x)
 
-    def head(
-        self, features: Float[Array, "B d h w C"], train: bool = False, cells: int | None = None
-    ) -> Array:
-        """Features -> logits [B, K]. `cells` as in `features`."""
+    def head(self, features: Float[Array, "B d h w C"], train: bool = False) -> Array:
+        """Features -> logits [B, K]."""
         layers: Any = (*self.hiddens, self.fc)
-        x = layers[0](features, cells)
+        x = layers[0](features)
         for layer in layers[1:]:
             x = layer(self.drop(nn.relu(x), train))
         return x

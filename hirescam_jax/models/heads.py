@@ -1,4 +1,7 @@
-"""Layers of the heads: they know that the slices, or the batch, may lie on several devices."""
+"""Layers of the heads: they know that the slices, or the batch, may lie on several devices.
+
+What pools over the depth, the second axis, has the same result on all devices that share a volume.
+"""
 
 import math
 
@@ -12,6 +15,28 @@ from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.devices.mesh import DATA, DEPTH
 
 
+def depth_mean(x: Float[Array, "B d *rest"]) -> Float[Array, "B *rest"]:
+    """The mean over the depth of whole volumes."""
+    real = sharding.real(x.shape[1])
+    if real is not None:
+        # A product, so that a head is seen to be affine.
+        x = x * real.reshape(-1, *[1] * (x.ndim - 2))
+    return sharding.total(x.sum(axis=1), DEPTH) / sharding.whole(x.shape[1])
+
+
+def depth_max(x: Float[Array, "B d *rest"]) -> Float[Array, "B *rest"]:
+    """The maximum over the depth of whole volumes; equal places share the gradient."""
+    real = sharding.real(x.shape[1])
+    if real is not None:
+        x = jnp.where(real.reshape(-1, *[1] * (x.ndim - 2)), x, -jnp.inf)
+    if not sharding.split_axes(DEPTH):
+        return x.max(axis=1)
+    best = sharding.largest(x.max(axis=1), DEPTH)
+    wins = x == best[:, None]
+    score, count = sharding.total((jnp.where(wins, x, 0).sum(axis=1), wins.sum(axis=1)), DEPTH)
+    return score / count
+
+
 class DepthDense(nn.Module):
     """A fully connected layer over flattened features, whose depth may be split over devices.
 
@@ -21,9 +46,9 @@ class DepthDense(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B d h w C"], cells: int | None) -> Float[Array, "B F"]:
+    def __call__(self, x: Float[Array, "B d h w C"]) -> Float[Array, "B F"]:
         local, rows = x.shape[1], math.prod(x.shape[2:])
-        whole = cells or local * sharding.parts(DEPTH)
+        whole = sharding.whole(local)
         shape = (whole * rows, self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -31,7 +56,7 @@ class DepthDense(nn.Module):
             # Each device multiplies its own cells with their rows; those of padding are zero.
             padding = (local * sharding.parts(DEPTH) - whole) * rows
             kernel = jnp.pad(kernel, ((0, padding), (0, 0)))
-            start = sharding.first_cell(local) * rows
+            start = sharding.first(local) * rows
             kernel = lax.dynamic_slice_in_dim(kernel, start, local * rows)
         y = jnp.dot(x.reshape(x.shape[0], -1), kernel, precision="highest")
         return sharding.total(y, DEPTH) + bias

@@ -98,11 +98,9 @@ class BasicBlock(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "N H W C"], train: bool, real: Bool[Array, " N"] | None = None
-    ) -> Float[Array, "N h w F"]:
+    def __call__(self, x: Float[Array, "N H W C"], train: bool) -> Float[Array, "N h w F"]:
         def norm(name: str):
-            return partial(BatchNorm(self.dtype, name=name), train=train, real=real)
+            return partial(BatchNorm(self.dtype, name=name), train=train)
 
         y = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv1")(x)
         y = nn.relu(norm("bn1")(y))
@@ -125,11 +123,9 @@ class Bottleneck(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "N H W C"], train: bool, real: Bool[Array, " N"] | None = None
-    ) -> Float[Array, "N h w F"]:
+    def __call__(self, x: Float[Array, "N H W C"], train: bool) -> Float[Array, "N h w F"]:
         def norm(name: str):
-            return partial(BatchNorm(self.dtype, name=name), train=train, real=real)
+            return partial(BatchNorm(self.dtype, name=name), train=train)
 
         outputs = 4 * self.width
         y = nn.relu(norm("bn1")(conv(self.width, 1, dtype=self.dtype, name="conv1")(x)))
@@ -162,17 +158,14 @@ class ResNet(nn.Module):
     block: str = "basic"
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "N H W C"], train: bool, real: Bool[Array, " N"] | None = None
-    ) -> Float[Array, "N h w F"]:
-        """`real` marks the images that count in BatchNorm's statistics; None: all."""
+    def __call__(self, x: Float[Array, "N H W C"], train: bool) -> Float[Array, "N h w F"]:
         if self.stem not in ("imagenet", "small"):
             raise ValueError(f"stem must be 'imagenet' or 'small', got {self.stem!r}")
         if self.block not in BLOCKS:
             raise ValueError(f"block must be 'basic' or 'bottleneck', got {self.block!r}")
         kernel = 7 if self.stem == "imagenet" else 3
         x = conv(self.widths[0], kernel, 2, dtype=self.dtype, name="conv1")(x)
-        x = nn.relu(BatchNorm(self.dtype, name="bn1")(x, train, real))
+        x = nn.relu(BatchNorm(self.dtype, name="bn1")(x, train))
         if self.stem == "imagenet":
             x = max_pool(x)
         block: Any = BLOCKS[self.block]
@@ -182,7 +175,7 @@ class ResNet(nn.Module):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
                 name = f"layer{stage + 1}_{i}"
-                x = block(width, stride, self.dtype, name=name)(x, train, real)
+                x = block(width, stride, self.dtype, name=name)(x, train)
         return x
 
 
@@ -209,17 +202,14 @@ class BatchNorm(nn.Module):
 
     Variables are those of `nn.BatchNorm`; its running variance is the biased one, this one
     PyTorch's. Statistics are float32 at least, whatever the compute dtype, and under `shard_map`
-    those of the whole batch, over all devices.
+    those of the whole batch, over all devices and without padding (`sharding.real_examples`).
     """
 
     dtype: DTypeLike = jnp.float32
     momentum: float = 0.1
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "N *grid C"], train: bool, real: Bool[Array, " N"] | None = None
-    ) -> Float[Array, "N *grid C"]:
-        """`real` marks the examples that count in the statistics; None: all."""
+    def __call__(self, x: Float[Array, "N *grid C"], train: bool) -> Float[Array, "N *grid C"]:
         channels = x.shape[-1]
         mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(channels))
         var = self.variable("batch_stats", "var", lambda: jnp.ones(channels))
@@ -229,7 +219,9 @@ class BatchNorm(nn.Module):
             factor = scale * lax.rsqrt(var.value + BN_EPSILON)
             return ((x - mean.value) * factor + bias).astype(self.dtype)
         scale, bias = sharding.own((scale, bias), DATA, DEPTH)
-        y, batch_mean, batch_var, count = normalize_batch(x, scale, bias, real)
+        y, batch_mean, batch_var, count = normalize_batch(
+            x, scale, bias, sharding.real_examples(x.shape)
+        )
         if not self.is_initializing():
             unbiased = batch_var * (count / jnp.maximum(count - 1, 1))
             mean.value += self.momentum * (batch_mean - mean.value)
@@ -242,10 +234,10 @@ def normalize_batch(
     x: Float[Array, "N *grid C"],
     scale: Channels,
     bias: Channels,
-    real: Bool[Array, " N"] | None = None,
+    real: Bool[Array, "..."] | None = None,
 ) -> tuple[Float[Array, "N *grid C"], Channels, Channels, Float[Array, ""]]:
     """(x normalised over the batch, mean, biased variance, values a channel); no gradient through
-    the last three. The batch is that of all devices, without examples that are not `real`.
+    the last three. The batch is that of all devices, but for what is not `real` [N or 1, ...].
 
     The gradient by hand takes two sums in one pass and keeps only x; the traced one keeps more
     arrays of x's size and passes over them more often.
@@ -258,7 +250,7 @@ def _normalize_forward(x: Array, scale: Array, bias: Array, real: Array | None) 
     counted = _where_real(real, x_wide)
     count = jnp.asarray(x.size // x.shape[-1] * sharding.parts(DATA, DEPTH), x_wide.dtype)
     if real is not None:
-        each = x.size // (x.shape[-1] * x.shape[0])
+        each = x.size // (x.shape[-1] * real.size)
         count = sharding.total(real.sum(dtype=x_wide.dtype) * each, DATA, DEPTH)
     sums = sharding.total((counted.sum(axes), (counted * x_wide).sum(axes)), DATA, DEPTH)
     mean, square = (s / count for s in sums)
@@ -281,7 +273,7 @@ def _normalize_backward(saved: tuple, cotangents: tuple) -> tuple:
 
 
 def _where_real(real: Array | None, x: Array) -> Array:
-    return x if real is None else jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+    return x if real is None else jnp.where(real, x, 0)
 
 
 def wide(x: Array) -> Array:

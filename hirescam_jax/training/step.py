@@ -26,6 +26,14 @@ from hirescam_jax.devices.mesh import DATA, DEPTH, WHOLE, Layout
 from hirescam_jax.errors import UserError
 from hirescam_jax.explanations.cam import hirescam
 from hirescam_jax.losses import allowed_of, classification_loss, labels_of, mask_loss
+from hirescam_jax.models.contract import (
+    attention_scale,
+    feature_grid,
+    features_of,
+    head_of,
+    own_parameters,
+    training_features,
+)
 from hirescam_jax.training.augment import augment
 
 Metrics = dict[str, Array]
@@ -59,7 +67,9 @@ def train_step(
     the result is that of one device with the whole batch.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    params = over_layers(sharding.own, config.model, state.params)
+    with volumes_of(batch, depth):
+        volume = config.preprocess.normalize(batch["volume"])
+        params = own_parameters(config.model, state.variables, volume, key)
     gradient = jax.grad(partial(batch_loss, config=config, depth=depth), has_aux=True)
 
     def micro_step(carry, part):
@@ -77,7 +87,7 @@ def train_step(
         start = (jax.tree.map(jnp.zeros_like, params), state.batch_stats)
         (grads, batch_stats), metrics = jax.lax.scan(micro_step, start, (keys, micro_batches))
         grads, metrics = jax.tree.map(lambda x: x / count, (grads, jax.tree.map(sum, metrics)))
-    grads = over_layers(sharding.total, config.model, grads)
+    grads = sharding.total_of_parts(grads, DATA, DEPTH)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {**sharding.total(metrics, DATA), "grad_norm": optax.tree.norm(grads)}
     new_state = TrainState(
@@ -99,69 +109,38 @@ def batch_loss(
     depth: tuple[int, int] | None,
 ) -> tuple[Array, tuple[Any, Metrics]]:
     """This device's share of the mean loss of a batch, new BatchNorm statistics, and metrics."""
-    model: Any = config.model
-    cells = depth[1] if depth else None
+    model, variables = config.model, {"params": params, "batch_stats": batch_stats}
     keys = jax.vmap(partial(jax.random.fold_in, key))(batch["index"])
     volume, regions = augment(config.preprocess, keys, batch["volume"], batch["regions"], depth)
-    features, updates = model.apply(
-        {"params": params, "batch_stats": batch_stats},
-        config.preprocess.normalize(volume),
-        True,
-        cells,
-        method="features",
-        mutable=["batch_stats"],
-    )
-
-    head = head_of(model, {"params": params}, cells, dropout=key)
-    class_loss = classification_loss(head(features), labels_of(batch["findings"]))
-    attention_loss = jnp.zeros_like(class_loss)
-    if config.mask_weight > 0:
-        maps = hirescam(head, features) * attention_scale(model, features, cells)
-        attention_loss = forbidden_attention(maps, batch["findings"], regions, cells)
+    volume = config.preprocess.normalize(volume)
+    with volumes_of(batch, depth):
+        features, batch_stats = training_features(model, variables, volume, key)
+        head = head_of(model, {"params": params}, dropout=key)
+        class_loss = classification_loss(head(features), labels_of(batch["findings"]))
+        attention_loss = jnp.zeros_like(class_loss)
+        if config.mask_weight > 0:
+            maps = hirescam(head, features) * attention_scale(model, features)
+            attention_loss = forbidden_attention(maps, batch["findings"], regions)
     loss = class_loss + config.mask_weight * attention_loss
     metrics = {"loss": loss, "class_loss": class_loss, "mask_loss": attention_loss}
     share = jax.tree.map(lambda x: x / sharding.parts(DATA), metrics)
-    return share["loss"], (updates.get("batch_stats", batch_stats), share)
+    return share["loss"], (batch_stats, share)
 
 
-def head_of(model: Any, variables: Any, cells: int | None, dropout: Array | None = None) -> Any:
-    """The model's head as a function of features alone, for `cam`; dropout: its key in training."""
-    training = dropout is not None
-    options: dict[str, Any] = {"rngs": {"dropout": dropout}} if training else {}
-
-    def head(features: Array) -> Array:
-        return model.apply(variables, features, training, cells, method="head", **options)
-
-    return head
+def volumes_of(batch: dict[str, Array], depth: tuple[int, int] | None) -> Any:
+    """`sharding.volume_of` this batch."""
+    size, _, cells, *_ = batch["regions"].shape
+    return sharding.volume_of(size, cells, depth[1] if depth else cells)
 
 
-def forbidden_attention(
-    attention: Array, findings: Array, regions: Array, cells: int | None
-) -> Array:
+def forbidden_attention(attention: Array, findings: Array, regions: Array) -> Array:
     """The mask loss; what is padding along the depth is never forbidden."""
     allowed = allowed_of(findings, regions)
-    real = sharding.real_cells(regions.shape[2], cells)
+    real = sharding.real(regions.shape[2])
     if real is not None:
         allowed |= ~real[:, None, None]
     split = sharding.split_axes(DEPTH)
     return mask_loss(attention, allowed, axis_name=split[0] if split else None)
-
-
-def attention_scale(model: Any, features: Array, cells: int | None) -> float:
-    """The model's attention scale for the grid of a whole volume."""
-    depth = cells or features.shape[1] * sharding.parts(DEPTH)
-    return model.attention_scale((depth, *features.shape[2:-1]))
-
-
-def over_layers(function: Callable, model: Any, tree: dict[str, Any]) -> dict[str, Any]:
-    """Applies `sharding.own` or `total`: over both axes to parameters that each device uses on its
-    own slices, over `data` alone to those that all along the depth use in the same way."""
-
-    def of_one(path: Any, leaf: Array) -> Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return function(leaf, DATA, *(() if model.behind_depth(name) else (DEPTH,)))
-
-    return jax.tree_util.tree_map_with_path(of_one, tree)
 
 
 def eval_step(
@@ -173,20 +152,18 @@ def eval_step(
 ) -> Metrics:
     """Sums, over the real examples of a padded batch, of the losses as in `train_step`, without
     augmentation and with BatchNorm's running statistics."""
-    model: Any = config.model
-    cells = depth[1] if depth else None
-    volume = config.preprocess.normalize(batch["volume"])
-    features = model.apply(variables, volume, False, cells, method="features")
-
-    head = head_of(model, variables, cells)
-    attention = hirescam(head, features) * attention_scale(model, features, cells)
+    model, volume = config.model, config.preprocess.normalize(batch["volume"])
+    findings, regions = batch["findings"], batch["regions"]
 
     def of_each(loss: Callable[..., Array], *arrays: Array) -> Array:
         return jax.vmap(lambda *one: loss(*(a[None] for a in one)))(*arrays)
 
-    penalty = partial(forbidden_attention, cells=cells)
-    class_loss = of_each(classification_loss, head(features), labels_of(batch["findings"]))
-    attention_loss = of_each(penalty, attention, batch["findings"], batch["regions"])
+    with volumes_of(batch, depth):
+        features = features_of(model, variables, volume)
+        head = head_of(model, variables)
+        attention = hirescam(head, features) * attention_scale(model, features)
+        class_loss = of_each(classification_loss, head(features), labels_of(findings))
+        attention_loss = of_each(forbidden_attention, attention, findings, regions)
     if model.depth_unit is None:
         attention_loss = jnp.zeros_like(attention_loss)  # no slices on which a mask could lie
     loss = class_loss + config.mask_weight * attention_loss
@@ -234,24 +211,6 @@ def init_state(config: Config, optimizer: Any, shape: tuple[int, ...]) -> TrainS
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),
     )
-
-
-def feature_grid(model: Any, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(d, h, w) of the model's features for volumes of `shape`, without running it.
-
-    Raises:
-        UserError: volumes too small for the model.
-    """
-    volume = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    try:
-        variables = jax.eval_shape(model.init, jax.random.key(0), volume)
-        features = jax.eval_shape(partial(model.apply, method="features"), variables, volume)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"config.model does not fit volumes of {shape}: {error}") from error
-    grid = features.shape[1:-1]
-    if min(grid) < 1:
-        raise UserError(f"config.model leaves no features of volumes of {shape}: grid {grid}")
-    return grid
 
 
 def open_layout(config: Config, shape: tuple[int, ...], *, evaluation: bool = False) -> Layout:

@@ -12,6 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,8 @@ from hirescam_jax.devices.mesh import Layout, make_mesh
 from hirescam_jax.explanations.methods import EVALUATED, METHODS
 from hirescam_jax.inference.maps import explain_step
 from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet
+from hirescam_jax.models.heads import depth_max, depth_mean
+from hirescam_jax.models.layers import BatchNorm
 from hirescam_jax.training.step import (
     eval_step,
     feature_grid,
@@ -33,6 +36,53 @@ from hirescam_jax.training.step import (
 
 LABELS, REGIONS, BATCH = 5, 3, 8
 PLAIN = Preprocess(flip=0.0, rotate=0.0)
+
+
+class Renamed(AxialNet):
+    """AxialNet, whose last layer has another name."""
+
+    def setup(self):
+        super().setup()
+        self.classifier = nn.Dense(self.num_labels, precision="highest")
+
+    def head(self, features, train=False):
+        pooled = depth_mean(features)
+        return self.classifier(pooled.reshape(pooled.shape[0], -1))
+
+
+class Gated(nn.Module):
+    """A network of other parts: in the features a gate that is made of all slices, BatchNorm of
+    volumes, and behind the maximum over the slices two layers."""
+
+    num_labels: int = LABELS
+    dtype: str = "float32"
+
+    depth_unit = 3
+
+    def setup(self):
+        stem = {"padding": "VALID", "use_bias": False, "dtype": self.dtype}
+        self.stem = nn.Conv(6, (3, 4, 4), (3, 4, 4), **stem)
+        self.norm = BatchNorm(jnp.dtype(self.dtype))
+        self.gate = nn.Dense(6, precision="highest")
+        self.scores = nn.Dense(7, precision="highest")
+        self.mix = nn.Dense(self.num_labels, precision="highest")
+
+    def features(self, volumes, train=False):
+        x = nn.relu(self.norm(self.stem(volumes[..., None]), train))
+        gate = nn.sigmoid(self.gate(depth_mean(x).mean((1, 2))))
+        return x * gate[:, None, None, None]
+
+    def head(self, features, train=False):
+        best = depth_max(self.scores(features.reshape(*features.shape[:2], -1)))
+        return self.mix(nn.relu(best))
+
+    def attention_scale(self, grid):
+        return 1.0
+
+    def __call__(self, volumes, train=False):
+        return self.head(self.features(volumes, train), train)
+
+
 # Neither 10 images nor 3 cells (and 2 slices) divide over 4 or 8 devices.
 MODELS = {
     "axialnet": (AxialNet(LABELS, (1, 1), (4, 8), "small", (6,), "SAME"), (30, 16, 16)),
@@ -49,6 +99,8 @@ MODELS = {
         AxialNet(LABELS, (1,), (4,), "small", (6,), "SAME", pool="dense", block="bottleneck"),
         (30, 16, 16),
     ),
+    "renamed": (Renamed(LABELS, (1, 1), (4, 8), "small", (6,), "SAME"), (30, 16, 16)),
+    "gated": (Gated(), (30, 16, 16)),
     "bodyconv": (  # three cells of nine slices, and two slices that make none
         BodyConv(LABELS, (1,), (4,), "small", conv_widths=(6, 5), channels=1, hidden=(8, 6)),
         (29, 16, 16),

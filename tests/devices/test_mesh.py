@@ -8,12 +8,18 @@ from collections import Counter
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
+from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.devices.mesh import Layout, Share, make_mesh
 from hirescam_jax.errors import UserError
+from hirescam_jax.models import AxialNet
+from hirescam_jax.models.contract import head_of, own_parameters, training_features
+from hirescam_jax.models.heads import depth_mean
+from hirescam_jax.models.layers import BatchNorm
 from hirescam_jax.training.costs import collectives, largest_batch
 
 PROGRAM = Path(__file__).parent / "mesh_program.py"
@@ -110,6 +116,19 @@ def test_each_gradient_is_summed_once_and_nothing_else_is_large(exact):
         assert sum(np.prod(s, dtype=int) * n for s, n in rest.items()) < 2000, mesh
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["renamed", "gated"])
+def test_gradients_do_not_depend_on_names_or_on_what_is_behind_the_depth(tmp_path, name):
+    """What is summed is not told by the network: other names, layers behind the depth among the
+    features too."""
+    results = run_program(tmp_path, name, "float64", "1", "2,4")
+    trace = [n for n in results["1"] if "trace" in n and "kernel" in n]
+    assert any(part in n for n in trace for part in ("classifier", "gate"))
+    assert all(results["1"][n].any() for n in trace)
+    for label, error in distance(results["1"], results["2,4"]).items():
+        assert error < 1e-12, (label, error)
+
+
 @pytest.mark.long
 def test_meshes_in_float32_are_as_near_to_float64_as_one_device(exact, tmp_path):
     """How far float32 is from float64 on one device is what rounding does to this step; on a mesh
@@ -134,6 +153,89 @@ def test_micro_batches(tmp_path):
     for a, b in (plain.values(), normed.values()):
         for name, error in distance(a, b).items():
             assert error < 1e-12, (name, error)
+
+
+ABSTRACT = AbstractMesh((2, 4), ("data", "depth"), axis_types=(AxisType.Auto,) * 2)
+
+
+def traced(function, cells: int, shape: tuple[int, ...]) -> str:
+    """The program of `function` on two volumes a device, each with 3 of 12 feature cells, of which
+    `cells` are real."""
+
+    def part(x):
+        with sharding.volume_of(2, 3, cells):
+            return function(x)
+
+    return str(jax.make_jaxpr(on_abstract_mesh(part))(jnp.zeros(shape)))
+
+
+def on_abstract_mesh(function):
+    specs = PartitionSpec("data", "depth"), PartitionSpec(("data", "depth"))
+    return jax.shard_map(function, mesh=ABSTRACT, in_specs=specs[0], out_specs=specs[1])
+
+
+def test_a_cache_never_gives_a_program_of_another_number_of_cells():
+    """The same functions are traced in a row; JAX and Flax keep what they have traced."""
+    pooled = jax.jit(depth_mean)
+    model = AxialNet(3, (1,), (4,), "small", (), pool="max", remat=True)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 9, 8, 8)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
+
+    def loss(x):
+        def one(total, x):
+            features, _ = training_features(model, zeros, x, jax.random.key(0))
+            return total + head_of(model, zeros)(features).sum(), None
+
+        return jax.grad(lambda x: jax.lax.scan(one, pooled(x).sum(), x[None])[0])(x).sum((1, 2, 3))
+
+    def program(cells: int) -> str:
+        return traced(loss, cells, (4, 36, 8, 8))
+
+    first, other, again = program(10), program(11), program(10)
+    jax.clear_caches()
+    fresh = program(11)
+    assert first == again
+    assert other == fresh
+    assert first != other
+
+
+def norm(x):
+    return BatchNorm().init_with_output(jax.random.key(0), x, True)[0].sum(range(1, x.ndim))
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "line"),
+    [
+        (norm, (4, 12, 5), r"\(2, 3, 5\) is neither images .* nor volumes .* with B = 2"),
+        (norm, (4, 20, 5, 5, 1), "5 places along the depth, on a device that has 3 feature cells"),
+        (depth_mean, (4, 20, 5), "5 places along the depth, on a device that has 3 feature cells"),
+    ],
+)
+def test_what_is_padding_is_known_or_refused(function, shape, line):
+    with pytest.raises(ValueError, match=line):
+        traced(function, 10, shape)
+
+
+def test_a_split_depth_without_its_number_of_cells_is_refused():
+    with pytest.raises(ValueError, match=r"enter `sharding\.volume_of` first"):
+        jax.make_jaxpr(on_abstract_mesh(depth_mean))(jnp.zeros((4, 12, 5)))
+
+
+def test_a_head_that_leaves_the_slices_apart_is_refused():
+    class Apart(AxialNet):
+        def head(self, features, train=False):
+            return features.mean((1, 2, 3))
+
+    model = Apart(3, (1,), (3,), "small", ())
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 9, 8, 8)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
+
+    def own(volumes):
+        own_parameters(model, zeros, volumes, jax.random.key(0))
+        return volumes.sum((1, 2, 3))
+
+    with pytest.raises(ValueError, match="the head of Apart has other logits on each device"):
+        traced(own, 10, (4, 36, 8, 8))
 
 
 HLO = """
