@@ -21,8 +21,8 @@ from common import machine_line
 
 from hirescam_jax.config import Config
 from hirescam_jax.models import AxialNet, Conv3DNet
+from hirescam_jax.runs.setup import open_layout
 from hirescam_jax.training.costs import Collective, StepCost, step_cost
-from hirescam_jax.training.step import open_layout
 from hirescam_jax.training.watch import PEAK_FLOPS
 
 SHAPE = (405, 420, 420)

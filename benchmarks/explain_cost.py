@@ -29,7 +29,7 @@ from hirescam_jax.compiling import compiler_options, reuse_memory
 from hirescam_jax.config import Config
 from hirescam_jax.explanations.explain import explain
 from hirescam_jax.models import AxialNet
-from hirescam_jax.training.step import feature_grid
+from hirescam_jax.models.contract import feature_grid
 
 TARGET = 1.1
 

@@ -36,7 +36,7 @@ from hirescam_jax.inference.maps import explain_program
 from hirescam_jax.inference.store import explain_store
 from hirescam_jax.inference.zarr import MapWriter
 from hirescam_jax.runs.run import Header, Run
-from hirescam_jax.training.step import open_layout
+from hirescam_jax.runs.setup import open_layout
 
 SPACING = (0.8, 0.8, 0.8)
 

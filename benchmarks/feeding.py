@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
 
     from hirescam_jax.data.pipeline import make_batch, train_batches
     from hirescam_jax.data.store.store import Store
-    from hirescam_jax.devices.mesh import Share
+    from hirescam_jax.devices.layout import Share
 
     cores = len(os.sched_getaffinity(0))
     shape = tuple(args.shape)

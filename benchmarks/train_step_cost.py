@@ -30,13 +30,9 @@ from hirescam_jax.data.phantom.findings import LABELS
 from hirescam_jax.data.specs import PhantomData
 from hirescam_jax.devices.mesh import replicated
 from hirescam_jax.experiments.demo import demo_config
-from hirescam_jax.training.step import (
-    compile_train_step,
-    feature_grid,
-    init_state,
-    make_optimizer,
-    open_layout,
-)
+from hirescam_jax.models.contract import feature_grid
+from hirescam_jax.runs.setup import open_layout
+from hirescam_jax.training.step import compile_train_step, init_state, make_optimizer
 
 TARGET = 1.05
 REGIONS = 5

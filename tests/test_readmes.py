@@ -26,8 +26,8 @@ import pytest
 import hirescam_jax
 from hirescam_jax import AxialNet, MobileNetV2, ResNetClassifier, load_run, to_torch, write_weights
 from hirescam_jax.cli import main as cli
-from hirescam_jax.config import PhantomData
 from hirescam_jax.data.phantom.phantom import PhantomConfig
+from hirescam_jax.data.specs import PhantomData
 from hirescam_jax.experiments import demo
 from hirescam_jax.experiments.demo import demo_config
 from tests import readmes

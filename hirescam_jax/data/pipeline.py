@@ -14,7 +14,7 @@ from grain.multiprocessing import SharedMemoryArray
 from hirescam_jax.data.phantom.phantom import Phantom
 from hirescam_jax.data.specs import PhantomData, StoreData
 from hirescam_jax.data.store.store import Store
-from hirescam_jax.devices.mesh import Share
+from hirescam_jax.devices.layout import Share
 from hirescam_jax.errors import UserError, nearest
 
 # Stands for "without end": Grain cannot cut its own endless repetition into batches of one.

@@ -14,7 +14,7 @@ from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config
 from hirescam_jax.data.pipeline import Source, eval_batches
 from hirescam_jax.devices import mesh as sharding
-from hirescam_jax.devices.mesh import Layout
+from hirescam_jax.devices.layout import Layout
 from hirescam_jax.errors import UserError
 from hirescam_jax.evaluation.resume import Kept
 from hirescam_jax.evaluation.summary import Predictions
@@ -36,7 +36,7 @@ from hirescam_jax.metrics import (
 from hirescam_jax.metrics.baselines import BASELINES, baseline_maps
 from hirescam_jax.progress import progress
 from hirescam_jax.runs.run import Run
-from hirescam_jax.training.step import open_layout
+from hirescam_jax.runs.setup import open_layout
 
 CHUNK_CELLS = 2**25  # of masks that are held at once
 

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config
 from hirescam_jax.devices import mesh as sharding
-from hirescam_jax.devices.mesh import DATA, DEPTH, Layout
+from hirescam_jax.devices.layout import Layout
+from hirescam_jax.devices.mesh import DATA, DEPTH
 from hirescam_jax.errors import UserError
 from hirescam_jax.explanations.explain import model_verdict
 from hirescam_jax.explanations.methods import EVALUATED, METHODS

@@ -19,7 +19,7 @@ from hirescam_jax.data.pipeline import eval_batches
 from hirescam_jax.data.store.store import Store
 from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.devices import processes
-from hirescam_jax.devices.mesh import Layout
+from hirescam_jax.devices.layout import Layout
 from hirescam_jax.errors import UserError
 from hirescam_jax.explanations.methods import METHODS, MethodName
 from hirescam_jax.files import writing_pool
@@ -35,7 +35,7 @@ from hirescam_jax.inference.zarr import MapWriter
 from hirescam_jax.progress import progress, say
 from hirescam_jax.runs.integrity import checksums
 from hirescam_jax.runs.run import Run
-from hirescam_jax.training.step import open_layout
+from hirescam_jax.runs.setup import open_layout
 
 WRITERS = 4
 

@@ -2,7 +2,11 @@
 
 from hirescam_jax.config import Config
 from hirescam_jax.data.pipeline import PermutedLabels, Source, open_split
-from hirescam_jax.training.step import feature_grid
+from hirescam_jax.devices import mesh as sharding
+from hirescam_jax.devices.layout import Layout
+from hirescam_jax.devices.mesh import DATA
+from hirescam_jax.errors import UserError
+from hirescam_jax.models.contract import feature_grid
 
 
 def open_data(config: Config, split: str, with_lesions: bool = False) -> Source:
@@ -14,3 +18,38 @@ def open_data(config: Config, split: str, with_lesions: bool = False) -> Source:
     source = open_split(config.data, split, grid, config.labels, with_lesions)
     permuted = split == "train" and config.permute_labels
     return PermutedLabels(source, config.seed) if permuted else source
+
+
+def open_layout(config: Config, shape: tuple[int, ...], *, evaluation: bool = False) -> Layout:
+    """How the config's batches of volumes of `shape` lie on all devices of all processes; for
+    evaluation, where a last batch is filled up anyway, raised to what the devices can share.
+
+    Raises:
+        UserError: a batch or a mesh that does not fit the devices, or settings that need slices for
+            a model whose features have none.
+    """
+    check_slices(config, evaluation)
+    mesh = sharding.make_mesh(config.depth_devices)
+    grid, unit = feature_grid(config.model, shape), config.model.depth_unit or 1
+    if evaluation:
+        devices = mesh.shape[DATA]
+        return Layout(mesh, -(-config.batch_size // devices) * devices, shape, grid, unit)
+    return Layout(mesh, config.batch_size, shape, grid, unit, config.micro_batches)
+
+
+def check_slices(config: Config, evaluation: bool) -> None:
+    """Raises UserError for what needs features of single slices, if the model has none of them:
+    its `depth_unit` is None."""
+    if config.model.depth_unit is not None:
+        return
+    kind = type(config.model).__name__
+    if config.depth_devices > 1:
+        raise UserError(
+            f"config.depth_devices = {config.depth_devices}: the features of {kind} are of all "
+            "slices at once, which therefore stay on one device: use 1"
+        )
+    if config.mask_weight > 0 and not evaluation:
+        raise UserError(
+            f"config.mask_weight = {config.mask_weight:g}: the features of {kind} have no slices, "
+            "so that masks mean nothing on its maps: use 0"
+        )

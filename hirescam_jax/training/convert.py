@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from hirescam_jax.config import Config
 from hirescam_jax.errors import UserError, nearest
 from hirescam_jax.files import atomic_folder
+from hirescam_jax.models.contract import feature_grid
 from hirescam_jax.models.images import ARCHITECTURES
 from hirescam_jax.runs.checkpoints import Saver
 from hirescam_jax.runs.run import Header, load_run
 from hirescam_jax.runs.setup import open_data
-from hirescam_jax.training.step import TrainState, feature_grid, make_optimizer
+from hirescam_jax.training.step import TrainState, make_optimizer
 from hirescam_jax.weights.names import layer_name
 from hirescam_jax.weights.pytorch import (
     as_variables,

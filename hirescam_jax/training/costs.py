@@ -13,14 +13,9 @@ import numpy as np
 from hirescam_jax.config import Config, check_sizes
 from hirescam_jax.data.pipeline import open_split
 from hirescam_jax.devices import mesh as sharding
-from hirescam_jax.devices.mesh import Layout
-from hirescam_jax.training.step import (
-    batch_loss,
-    compile_train_step,
-    init_state,
-    make_optimizer,
-    open_layout,
-)
+from hirescam_jax.devices.layout import Layout
+from hirescam_jax.runs.setup import open_layout
+from hirescam_jax.training.step import batch_loss, compile_train_step, init_state, make_optimizer
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 _COLLECTIVE = re.compile(rf"= (?P<type>.+?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")

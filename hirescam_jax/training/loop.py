@@ -12,21 +12,17 @@ import jax
 import numpy as np
 
 from hirescam_jax.config import Config, check_sizes
-from hirescam_jax.data.pipeline import (
-    Source,
-    eval_batches,
-    train_batches,
-)
+from hirescam_jax.data.pipeline import Source, eval_batches, train_batches
 from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.devices import processes
-from hirescam_jax.devices.mesh import Layout
+from hirescam_jax.devices.layout import Layout
 from hirescam_jax.devices.preemption import Preemption
 from hirescam_jax.errors import Preempted, UserError
 from hirescam_jax.progress import progress, say
 from hirescam_jax.runs.checkpoints import Saver
 from hirescam_jax.runs.log import Log
 from hirescam_jax.runs.run import Header, Run, load_run
-from hirescam_jax.runs.setup import open_data
+from hirescam_jax.runs.setup import open_data, open_layout
 from hirescam_jax.training.costs import step_flops
 from hirescam_jax.training.step import (
     TrainState,
@@ -35,7 +31,6 @@ from hirescam_jax.training.step import (
     init_state,
     make_optimizer,
     on_mesh,
-    open_layout,
 )
 from hirescam_jax.training.watch import Trace, Watch
 from hirescam_jax.weights.pytorch import start_weights

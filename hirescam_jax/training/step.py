@@ -22,13 +22,12 @@ from jaxtyping import Array
 from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import SGD, Config
 from hirescam_jax.devices import mesh as sharding
-from hirescam_jax.devices.mesh import DATA, DEPTH, WHOLE, Layout
-from hirescam_jax.errors import UserError
+from hirescam_jax.devices.layout import Layout
+from hirescam_jax.devices.mesh import DATA, DEPTH, WHOLE
 from hirescam_jax.explanations.cam import hirescam
 from hirescam_jax.losses import allowed_of, classification_loss, labels_of, mask_loss
 from hirescam_jax.models.contract import (
     attention_scale,
-    feature_grid,
     features_of,
     head_of,
     own_parameters,
@@ -211,41 +210,6 @@ def init_state(config: Config, optimizer: Any, shape: tuple[int, ...]) -> TrainS
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),
     )
-
-
-def open_layout(config: Config, shape: tuple[int, ...], *, evaluation: bool = False) -> Layout:
-    """How the config's batches of volumes of `shape` lie on all devices of all processes; for
-    evaluation, where a last batch is filled up anyway, raised to what the devices can share.
-
-    Raises:
-        UserError: a batch or a mesh that does not fit the devices, or settings that need slices for
-            a model whose features have none.
-    """
-    check_slices(config, evaluation)
-    mesh = sharding.make_mesh(config.depth_devices)
-    grid, unit = feature_grid(config.model, shape), config.model.depth_unit or 1
-    if evaluation:
-        devices = mesh.shape[DATA]
-        return Layout(mesh, -(-config.batch_size // devices) * devices, shape, grid, unit)
-    return Layout(mesh, config.batch_size, shape, grid, unit, config.micro_batches)
-
-
-def check_slices(config: Config, evaluation: bool) -> None:
-    """Raises UserError for what needs features of single slices, if the model has none of them:
-    its `depth_unit` is None."""
-    if config.model.depth_unit is not None:
-        return
-    kind = type(config.model).__name__
-    if config.depth_devices > 1:
-        raise UserError(
-            f"config.depth_devices = {config.depth_devices}: the features of {kind} are of all "
-            "slices at once, which therefore stay on one device: use 1"
-        )
-    if config.mask_weight > 0 and not evaluation:
-        raise UserError(
-            f"config.mask_weight = {config.mask_weight:g}: the features of {kind} have no slices, "
-            "so that masks mean nothing on its maps: use 0"
-        )
 
 
 def compile_train_step(

@@ -14,7 +14,7 @@ from hirescam_jax.data.organs.feature_grid import to_feature_grid
 from hirescam_jax.data.phantom.phantom import Phantom, PhantomConfig
 from hirescam_jax.data.pipeline import InMemory, eval_batches, make_batch, open_split, train_batches
 from hirescam_jax.data.specs import PhantomData
-from hirescam_jax.devices.mesh import Share
+from hirescam_jax.devices.layout import Share
 from hirescam_jax.errors import UserError
 
 GRID = (2, 3, 3)

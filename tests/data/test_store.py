@@ -23,7 +23,7 @@ from hirescam_jax.data.store import codec
 from hirescam_jax.data.store.codec import Encoded, Record, encode
 from hirescam_jax.data.store.shards import read_at, write_shard
 from hirescam_jax.data.store.store import Store, grid_affine, write_store
-from hirescam_jax.devices.mesh import Share
+from hirescam_jax.devices.layout import Share
 from hirescam_jax.errors import UserError
 from hirescam_jax.reports.store_page import HU_EDGES, _thumbnail, inspect_store
 from tests.web_page import Page

@@ -19,20 +19,15 @@ import numpy as np
 
 from hirescam_jax.config import SGD, Config, Preprocess
 from hirescam_jax.data.pipeline import make_batch
-from hirescam_jax.devices.mesh import Layout, make_mesh
+from hirescam_jax.devices.layout import Layout
+from hirescam_jax.devices.mesh import make_mesh
 from hirescam_jax.explanations.methods import EVALUATED, METHODS
 from hirescam_jax.inference.maps import explain_step
 from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet
+from hirescam_jax.models.contract import feature_grid
 from hirescam_jax.models.heads import depth_max, depth_mean
 from hirescam_jax.models.layers import BatchNorm
-from hirescam_jax.training.step import (
-    eval_step,
-    feature_grid,
-    init_state,
-    make_optimizer,
-    on_mesh,
-    train_step,
-)
+from hirescam_jax.training.step import eval_step, init_state, make_optimizer, on_mesh, train_step
 
 LABELS, REGIONS, BATCH = 5, 3, 8
 PLAIN = Preprocess(flip=0.0, rotate=0.0)

@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from hirescam_jax.devices import mesh as sharding
-from hirescam_jax.devices.mesh import Layout, Share, make_mesh
+from hirescam_jax.devices.layout import Layout, Share
+from hirescam_jax.devices.mesh import make_mesh
 from hirescam_jax.errors import UserError
 from hirescam_jax.models import AxialNet
 from hirescam_jax.models.contract import head_of, own_parameters, training_features

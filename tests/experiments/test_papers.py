@@ -21,10 +21,10 @@ from hirescam_jax.errors import UserError
 from hirescam_jax.experiments.papers import check_made_with, reduced
 from hirescam_jax.losses import allowed_of
 from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet, CTNet
+from hirescam_jax.models.contract import feature_grid
 from hirescam_jax.runs.config_files import check_types, load_config
 from hirescam_jax.runs.run import Header
 from hirescam_jax.runs.setup import open_data
-from hirescam_jax.training.step import feature_grid
 from tests.processes import ROOT, environment
 
 EXPERIMENTS = sorted((ROOT / "configs" / "paper").glob("*.py"))

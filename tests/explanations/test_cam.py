@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from hirescam_jax.explanations.cam import (
-    completeness_residual,
-    gradcam,
-    hirescam,
-    normalize_map,
-)
+from hirescam_jax.explanations.cam import completeness_residual, gradcam, hirescam, normalize_map
 from hirescam_jax.explanations.explain import explain
 from hirescam_jax.explanations.gradients import has_one_gradient
 from hirescam_jax.explanations.inputs import occlusion

@@ -26,9 +26,10 @@ from hirescam_jax.evaluation.resume import Kept
 from hirescam_jax.inference.store import explain_store
 from hirescam_jax.inference.zarr import MapWriter, open_maps
 from hirescam_jax.models import AxialNet
+from hirescam_jax.models.contract import feature_grid
 from hirescam_jax.runs.checkpoints import Saver
 from hirescam_jax.runs.run import Header, Run, load_run
-from hirescam_jax.training.step import feature_grid, init_state, make_optimizer
+from hirescam_jax.training.step import init_state, make_optimizer
 from tests.processes import environment
 from tests.processes import run as run_processes
 from tests.rounding import assert_same_but_for_rounding

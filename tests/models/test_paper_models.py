@@ -28,13 +28,13 @@ from hirescam_jax.models import (
     MobileNetV2,
     ResNetClassifier,
 )
+from hirescam_jax.models.contract import feature_grid
 from hirescam_jax.models.images import adaptive_average_pool
 from hirescam_jax.models.layers import conv, conv3d_by_planes, conv3d_direct
 from hirescam_jax.runs.config_files import from_json, to_json
 from hirescam_jax.runs.run import Header, Run
-from hirescam_jax.runs.setup import open_data
+from hirescam_jax.runs.setup import open_data, open_layout
 from hirescam_jax.training.loop import train
-from hirescam_jax.training.step import feature_grid, open_layout
 from hirescam_jax.weights.names import slots_of
 from tests.devices.test_mesh import distance, run_program
 from tests.models.test_models import random_variables

@@ -9,10 +9,10 @@ from hirescam_jax.cli import main as cli
 from hirescam_jax.config import Config
 from hirescam_jax.errors import UserError
 from hirescam_jax.models import AxialNet, MobileNetV2, ResNetClassifier
+from hirescam_jax.models.contract import feature_grid
 from hirescam_jax.models.images import ARCHITECTURES
 from hirescam_jax.runs.config_files import check_types
 from hirescam_jax.runs.run import Header, load_run
-from hirescam_jax.training.step import feature_grid
 from hirescam_jax.weights.names import slots_of
 from hirescam_jax.weights.pytorch import (
     from_torch,

@@ -10,12 +10,12 @@ from hirescam_jax.cli import main as cli
 from hirescam_jax.config import Config, Preprocess
 from hirescam_jax.data.phantom.phantom import PhantomConfig
 from hirescam_jax.data.specs import PhantomData
-from hirescam_jax.devices.mesh import Layout
+from hirescam_jax.devices.layout import Layout
 from hirescam_jax.errors import UserError
 from hirescam_jax.models import AxialNet
+from hirescam_jax.runs.setup import open_layout
 from hirescam_jax.training import watch
 from hirescam_jax.training.costs import dry_run, step_cost, step_flops
-from hirescam_jax.training.step import open_layout
 from hirescam_jax.training.watch import Trace, Watch
 
 SHAPE = (6, 32, 32)

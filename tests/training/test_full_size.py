@@ -11,7 +11,8 @@ import pytest
 
 from hirescam_jax.config import Config
 from hirescam_jax.models import AxialNet
-from hirescam_jax.training.step import compile_train_step, init_state, make_optimizer, open_layout
+from hirescam_jax.runs.setup import open_layout
+from hirescam_jax.training.step import compile_train_step, init_state, make_optimizer
 
 SHAPE = (405, 420, 420)
 LABELS, REGIONS = 80, 5

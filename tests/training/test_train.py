@@ -23,17 +23,12 @@ from hirescam_jax.data.specs import StoreData
 from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.errors import UserError
 from hirescam_jax.models import AxialNet, Conv3DNet
+from hirescam_jax.models.contract import feature_grid
 from hirescam_jax.runs.run import Header, load_run
 from hirescam_jax.training import loop as train_module
 from hirescam_jax.training.augment import augment
 from hirescam_jax.training.loop import train
-from hirescam_jax.training.step import (
-    eval_step,
-    feature_grid,
-    init_state,
-    make_optimizer,
-    train_step,
-)
+from hirescam_jax.training.step import eval_step, init_state, make_optimizer, train_step
 
 SHAPE, GRID = (6, 8, 8), (2, 4, 4)
 K, R = 3, 2

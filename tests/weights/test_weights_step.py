@@ -12,7 +12,8 @@ from hirescam_jax.config import SGD, Config, Preprocess
 from hirescam_jax.explanations.cam import hirescam
 from hirescam_jax.losses import classification_loss, mask_loss
 from hirescam_jax.models import AxialNet, CTNet
-from hirescam_jax.training.step import TrainState, feature_grid, make_optimizer, train_step
+from hirescam_jax.models.contract import feature_grid
+from hirescam_jax.training.step import TrainState, make_optimizer, train_step
 from hirescam_jax.weights.pytorch import from_torch
 
 torch = pytest.importorskip("torch")

@@ -26,7 +26,7 @@ from hirescam_jax.models import (
     MobileNetV2,
     ResNetClassifier,
 )
-from hirescam_jax.training.step import feature_grid
+from hirescam_jax.models.contract import feature_grid
 
 # Compiles faster; what little is computed here hardly runs slower.
 FAST = {"xla_backend_optimization_level": 0}
