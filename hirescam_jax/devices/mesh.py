@@ -7,6 +7,7 @@ axes do not exist and both return what they are given, so the networks are the s
 How much of a device's part is padding is said once a step (`volume_of`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -186,15 +187,16 @@ def real_examples(shape: Sequence[int]) -> Bool[Array, "..."] | None:
         return None
     batch = _volumes.value.batch
     if len(shape) == 5 and shape[0] == batch:
-        mask, lead = real(shape[1]), (1, shape[1])
+        places, lead = shape[1], (1, shape[1])
     elif len(shape) == 4 and shape[0] % batch == 0:
-        mask, lead = real(shape[0] // batch), (shape[0],)
-        mask = jnp.tile(mask, batch)
+        places, lead = shape[0] // batch, (shape[0],)
     else:
         raise ValueError(
             f"an array of shape {tuple(shape)} is neither images [B * slices, h, w, C] nor volumes "
             f"[B, d, h, w, C] with B = {batch}: it cannot be told which of it is padding"
         )
+    mask = first(places) + jnp.arange(places) < whole(places)
+    mask = jnp.tile(mask, math.prod(lead) // places)
     return mask.reshape(*lead, *[1] * (len(shape) - len(lead)))
 
 

@@ -31,7 +31,8 @@ from hirescam_jax.metrics import (
     similarity,
 )
 from hirescam_jax.metrics.baselines import baseline_maps
-from hirescam_jax.metrics.bootstrap import UNKNOWN, mean_intervals, null
+from hirescam_jax.metrics.intervals import UNKNOWN, mean_intervals, null
+from hirescam_jax.models.contract import initial_variables, logits_of
 from hirescam_jax.progress import progress
 from hirescam_jax.reports.figures import ACCENT, charts, save_png
 from hirescam_jax.reports.text import MAP_NAMES, map_name
@@ -127,7 +128,7 @@ def faithfulness(run: Run, source: Source, prior: np.ndarray, count: int) -> Fai
                 volumes.append(index)
                 yield Pair(index, volume, label, maps_KM[label])
 
-    values = measure_pairs(run.model.apply, variables, pairs(), jnp.mean)
+    values = measure_pairs(partial(logits_of, run.model), variables, pairs(), jnp.mean)
     patients = groups_of(source)
     return Faithfulness(
         volumes=count,
@@ -161,15 +162,16 @@ def sanity(run: Run, source: Source, count: int) -> Sanity:
     """Cascading randomisation on `count` volumes (`chosen_volumes`), all labels: how alike the maps
     stay to those of the trained network while its layers are made as new, from the output back.
     """
-    model = run.model
     volumes = run.normalize(
         jnp.asarray(make_batch(source, chosen_volumes(source, count))["volume"])
     )
     variables = jax.device_put(run.variables)
-    fresh = jax.jit(model.init)(jax.random.key(run.config.seed + 1), volumes[:1])
+    fresh = jax.jit(partial(initial_variables, run.model))(
+        jax.random.key(run.config.seed + 1), volumes[:1]
+    )
     # A restored tree may have an empty collection more, or be of other containers.
     fresh = jax.tree.unflatten(jax.tree.structure(variables), jax.tree.leaves(fresh))
-    layers = layer_order(model.apply, variables, volumes[:1])
+    layers = layer_order(partial(logits_of, run.model), variables, volumes[:1])
     program = maps_program(run)
     compare = jax.jit(similarity)
 

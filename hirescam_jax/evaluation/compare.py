@@ -29,7 +29,7 @@ from hirescam_jax.files import atomic_file
 from hirescam_jax.inference.maps import maps_program
 from hirescam_jax.losses import allowed_of
 from hirescam_jax.metrics import ORGAN_IOU_THRESHOLDS, organ_iou, random_maps, similarity
-from hirescam_jax.metrics.bootstrap import mean_intervals
+from hirescam_jax.metrics.intervals import mean_intervals
 from hirescam_jax.progress import progress
 from hirescam_jax.reports.text import aligned, interval_text
 from hirescam_jax.runs.run import Run, load_run

@@ -21,6 +21,7 @@ from hirescam_jax.evaluation.values import Values
 from hirescam_jax.explanations.explain import model_verdict
 from hirescam_jax.explanations.methods import EVALUATED
 from hirescam_jax.files import atomic_file
+from hirescam_jax.models.contract import has_slices
 from hirescam_jax.runs.run import Run
 from hirescam_jax.runs.setup import open_data
 
@@ -121,7 +122,7 @@ def evaluate_run(
             raise UserError(
                 f"--{name} {number}: the {main} split has {size} volumes: give at most as many"
             )
-        if number and run.model.depth_unit is None:
+        if number and not has_slices(run.model):
             raise UserError(f"--{name}: {type(run.model).__name__} has no maps in the body")
     found: dict[str, Predictions] = {}
     results: dict[str, Evaluation] = {}

@@ -34,6 +34,7 @@ from hirescam_jax.metrics import (
     rank_accuracy,
 )
 from hirescam_jax.metrics.baselines import BASELINES, baseline_maps
+from hirescam_jax.models.contract import has_slices
 from hirescam_jax.progress import progress
 from hirescam_jax.runs.run import Run
 from hirescam_jax.runs.setup import open_layout
@@ -47,7 +48,7 @@ def predict_step(
     """Logits, labels, the sum of each HiResCAM map and OrganIoU of both map methods for a batch, in
     one program; with what is needed to measure more afterwards: the masks, and the maps where there
     are lesions. Of a model whose maps have no slices (CTNet) there are no maps."""
-    methods = EVALUATED if config.model.depth_unit is not None else ()
+    methods = EVALUATED if has_slices(config.model) else ()
     volume = batch["volume"]
     logits, maps = explain_step(variables, volume, config=config, layout=layout, methods=methods)
     masks = {n: batch[n][:, :, : layout.cells] for n in ("regions", "lesions") if n in batch}
@@ -157,7 +158,7 @@ def predict(
             f"{run.path}: at step {run.step} the score of '{run.labels[k]}' in volume {n} of the "
             f"{title} is {whole['logits'][n, k]}: train it again, or take another --checkpoint"
         )
-    if config.model.depth_unit is None:  # no maps in the body, and no organs to compare them with
+    if not has_slices(config.model):  # no maps in the body, and no organs to compare them with
         return Predictions(whole["logits"], labels, {}, None, findings, None)
     residuals = np.abs(whole["totals"]["hirescam"] + head_bias(run) - whole["logits"])
     pairs = np.argwhere(labels)

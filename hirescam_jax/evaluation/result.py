@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hirescam_jax.errors import UserError
-from hirescam_jax.metrics.bootstrap import Interval
+from hirescam_jax.metrics.intervals import Interval
 
 
 def left_out() -> Any:

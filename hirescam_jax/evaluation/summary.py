@@ -31,7 +31,7 @@ from hirescam_jax.metrics import (
     delong,
     reliability,
 )
-from hirescam_jax.metrics.bootstrap import (
+from hirescam_jax.metrics.intervals import (
     MIN_GROUPS,
     Interval,
     Resampled,
@@ -147,7 +147,7 @@ def summarise(
     A label has an interval with five positive patients (and negative ones) and more, a mean where
     more than half of its labels have one. Those of fewer than ten are too narrow, and those of
     average precision are corrected for its bias, or left out where that is too large: how well they
-    cover stands in `hirescam_jax.metrics.bootstrap`.
+    cover stands in `hirescam_jax.metrics.intervals`.
 
     Args:
         validation: may be `test` itself: then the measures of maps are in-sample.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,13 @@ from hirescam_jax.explanations.cam import completeness_residual
 from hirescam_jax.explanations.gradients import Labels, at_least_float32, check_labels
 from hirescam_jax.explanations.methods import METHODS
 from hirescam_jax.explanations.verdict import HeadVerdict, head_verdict
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A Flax module with methods `features` and `head`, which may have more."""
+
+    def apply(self, variables: Any, /, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class Explanation(NamedTuple):
@@ -36,7 +43,7 @@ class Explanation(NamedTuple):
 
 
 def explain(
-    model: Any,
+    model: Model,
     variables: Any,
     volumes: Float[Array, "B *volume"],
     labels: Labels = None,
@@ -61,7 +68,7 @@ def explain(
         raise ValueError(f"volumes are empty: got {jnp.shape(volumes)}")
     if labels is not None and not isinstance(labels, Tracer):
         labels = np.asarray(labels)
-        num_labels = jax.eval_shape(model.apply, variables, volumes).shape[1]
+        _, num_labels = jax.eval_shape(partial(_logits, model), variables, volumes).shape
         check_labels(labels, volumes.shape[0], num_labels)
     verdict = None
     if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(variables)):
@@ -72,7 +79,7 @@ def explain(
     return program(model, variables, volumes, labels, method)._replace(verdict=verdict)
 
 
-def model_verdict(model: Any, variables: Any, volumes_shape: tuple[int, ...]) -> HeadVerdict:
+def model_verdict(model: Model, variables: Any, volumes_shape: tuple[int, ...]) -> HeadVerdict:
     """`head_verdict` of a model for volumes of a shape, with any values of its variables.
 
     Raises:
@@ -85,7 +92,7 @@ def model_verdict(model: Any, variables: Any, volumes_shape: tuple[int, ...]) ->
 
 
 @lru_cache(maxsize=64)
-def _verdict_of_form(model: Any, tree: Any, forms: tuple, volume_shape: tuple) -> HeadVerdict:
+def _verdict_of_form(model: Model, tree: Any, forms: tuple, volume_shape: tuple) -> HeadVerdict:
     found = []
 
     def of_traced(variables: Any, volumes: Array) -> None:
@@ -97,7 +104,7 @@ def _verdict_of_form(model: Any, tree: Any, forms: tuple, volume_shape: tuple) -
     return found[0]
 
 
-def _hashable(model: Any) -> bool:
+def _hashable(model: Model) -> bool:
     """Not so for a module with an array among its attributes: nothing of it can be kept."""
     try:
         hash(model)
@@ -106,7 +113,7 @@ def _hashable(model: Any) -> bool:
     return True
 
 
-def _explain_program(model: Any) -> Callable[..., Explanation]:
+def _explain_program(model: Model) -> Callable[..., Explanation]:
     if _hashable(model):
         return _compiled_explain()
     program = jax.jit(
@@ -124,7 +131,12 @@ def _compiled_explain() -> Callable[..., Explanation]:
     )
 
 
-def _explain(model: Any, variables: Any, volumes: Array, labels: Labels, method: str):
+def _logits(model: Model, variables: Any, volumes: Array) -> Array:
+    features = model.apply(variables, volumes, method="features")
+    return model.apply(variables, features, method="head")
+
+
+def _explain(model: Model, variables: Any, volumes: Array, labels: Labels, method: str):
     features = at_least_float32(model.apply(variables, volumes, method="features"))
     head = partial(model.apply, variables, method="head")
     logits = head(features)

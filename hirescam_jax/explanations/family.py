@@ -278,14 +278,15 @@ def guided_attention(
     loss asks for values below 0 outside the organs; the place of everything is HiResCAM's.
 
     Args:
-        model: has `attention_scale(grid)`, as all models of this package.
+        model: one with `attention_scale(grid)`, as all of this package; another's is 1.
     """
 
     def channel_sum(gradient: Array, features: Array) -> Array:
         return jnp.sum(gradient * features, axis=-1)
 
     maps = gradient_maps(channel_sum, head, features, labels, max_gradient_bytes)
-    return maps * model.attention_scale(maps.shape[2:])
+    scale = getattr(model, "attention_scale", None)
+    return maps * scale(maps.shape[2:]) if scale else maps
 
 
 def _weighted(features: Array, weights: Array) -> Array:

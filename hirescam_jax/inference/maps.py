@@ -90,9 +90,8 @@ def head_bias(run: Run) -> Float[np.ndarray, " K"]:
     @jax.jit
     def program(variables: Any) -> Array:
         volume = jax.ShapeDtypeStruct((1, *run.shape), jnp.float32)
-        features = jax.eval_shape(partial(run.model.apply, method="features"), variables, volume)
-        zeros = jnp.zeros(features.shape, jnp.float32)
-        return run.model.apply(variables, zeros, method="head")[0]
+        features = jax.eval_shape(partial(features_of, run.model), variables, volume)
+        return head_of(run.model, variables)(jnp.zeros(features.shape, jnp.float32))[0]
 
     return np.asarray(program(run.variables), np.float32)
 

@@ -2,7 +2,7 @@
 
 predictions.py    are the predictions right? AUROC with DeLong's variance, average precision
 calibration.py    are their probabilities?
-bootstrap.py      how sure is that? intervals, by patient
+intervals.py      how sure is that? the bootstrap, by patient
 masks.py          does a map lie where it should? OrganIoU, IoU, Dice, pointing game, energy
 faithfulness.py   does the model use what the map shows? insertion and deletion, ROAD
 sanity.py         does the map depend on the model, and come out again? randomisation, similarity
@@ -13,7 +13,6 @@ and never 0.
 """
 
 from hirescam_jax.metrics.baselines import centre_blob, organ_prior, random_maps
-from hirescam_jax.metrics.bootstrap import bootstrap
 from hirescam_jax.metrics.calibration import (
     CalibrationError,
     Reliability,
@@ -34,6 +33,7 @@ from hirescam_jax.metrics.faithfulness import (
     linear_imputation,
     road,
 )
+from hirescam_jax.metrics.intervals import bootstrap
 from hirescam_jax.metrics.masks import (
     ORGAN_IOU_THRESHOLDS,
     Overlap,

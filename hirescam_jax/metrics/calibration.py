@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import ndtr, ndtri
 
-from hirescam_jax.metrics.bootstrap import bootstrap
+from hirescam_jax.metrics.intervals import bootstrap
 from hirescam_jax.metrics.predictions import known_labels
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hirescam_jax.models.heads import DepthDense, depth_max, depth_mean
-from hirescam_jax.models.layers import ResNet, conv, wide
+from hirescam_jax.models.layers import Conv, wide
+from hirescam_jax.models.resnet import ResNet
 
 
 class AxialNet(nn.Module):
@@ -62,7 +63,7 @@ class AxialNet(nn.Module):
         dtype = jnp.dtype(self.dtype)
         self.resnet = ResNet(self.blocks, self.widths, self.stem, dtype, self.remat, self.block)
         self.convs = [
-            conv(width, 3, padding=self.conv_padding, use_bias=True, dtype=dtype)
+            Conv(width, 3, padding=self.conv_padding, use_bias=True, dtype=dtype)
             for width in self.conv_widths
         ]
         one_slice = nn.Dense(self.num_labels, precision="highest")

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from hirescam_jax.models.axialnet import stack_slices
 from hirescam_jax.models.heads import DepthDense, Dropout
-from hirescam_jax.models.layers import Conv3D, ResNet, wide
+from hirescam_jax.models.layers import Conv3D, wide
+from hirescam_jax.models.resnet import ResNet
 
 
 class BodyConv(nn.Module):
@@ -98,8 +99,8 @@ class CTNet(nn.Module):
     `features`: A [B, f, h, w, C] (18 x 5 x 5 x 16 at full size), float32. **The first axis of this
     grid is not the slices**: each cell is of a block of 27 features and of all slices at once. So
     a HiResCAM map tells where in the plane, but not in which slice; masks of organs have no meaning
-    on it, and the slices of a volume cannot lie on several devices. `depth_unit` is None, which
-    says so to training (`mask_weight` and `depth_devices`) and to `hirescam explain`.
+    on it, and the slices of a volume cannot lie on several devices. `has_slices` and `depth_unit`
+    say so to training (`mask_weight` and `depth_devices`) and to `hirescam explain`.
     `head`: logits [B, K] through ReLU layers; HiResCAM has no guarantee here.
 
     Attributes: as `BodyConv`'s.
@@ -121,6 +122,11 @@ class CTNet(nn.Module):
     def depth_unit(self) -> None:
         """No slices make a feature cell of their own."""
         return None
+
+    @property
+    def has_slices(self) -> bool:
+        """The first axis of the features' grid is not the depth."""
+        return False
 
     def setup(self):
         dtype = jnp.dtype(self.dtype)
@@ -152,9 +158,9 @@ class CTNet(nn.Module):
         return self.head(self.features(volumes, train), train)
 
 
-def _convolutions(widths: tuple[int, ...], dtype: DTypeLike) -> list[Conv3D]:
-    inner = [Conv3D(width, 3, (3, 1, 1), dtype) for width in widths[:-1]]
-    return [*inner, *(Conv3D(width, (3, 2, 2), (3, 2, 2), dtype) for width in widths[-1:])]
+def _convolutions(widths: tuple[int, ...], dtype: DTypeLike) -> list[Any]:
+    inner = [Conv3D(width, 3, (3, 1, 1), dtype=dtype) for width in widths[:-1]]
+    return [*inner, *(Conv3D(width, (3, 2, 2), (3, 2, 2), dtype=dtype) for width in widths[-1:])]
 
 
 def _dense_layers(hidden: tuple[int, ...], num_labels: int) -> tuple[list[Any], Any]:

@@ -22,7 +22,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from hirescam_jax.models.heads import Dropout
-from hirescam_jax.models.layers import BatchNorm, ResNet, conv, max_pool, wide
+from hirescam_jax.models.layers import BatchNorm, Conv, max_pool, wide
+from hirescam_jax.models.resnet import ResNet
 
 Images = Float[Array, "B H W C"]
 Affine = Literal["gap", "flatten"]
@@ -30,7 +31,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class ResNetClassifier(nn.Module):
-    """ResNet-18 by default; ResNet-34 and 50 as `models.layers.ResNet` tells (He et al. 2015).
+    """ResNet-18 by default; ResNet-34 and 50 as `models.resnet.ResNet` tells (He et al. 2015).
 
     `features`: [B, H / 32, W / 32, 512], float32; 2048 channels for ResNet-50.
     """
@@ -89,7 +90,7 @@ class VGG(nn.Module):
     dtype: Precision = "float32"
 
     def setup(self):
-        layer = partial(conv, kernel=3, use_bias=True, dtype=jnp.dtype(self.dtype))
+        layer = partial(Conv, kernel=3, use_bias=True, dtype=jnp.dtype(self.dtype))
         self.convs = [layer(width) for group in self.widths for width in group]
         hidden = self.hidden if self.classifier == "mlp" else ()
         self.hiddens = [_dense(width) for width in hidden]
@@ -102,7 +103,7 @@ class VGG(nn.Module):
         for group in self.widths:
             for _ in group:
                 x = nn.relu(next(layers)(x))
-            x = _pairs(x).max((2, 4))
+            x = max_pool(x, window=2, padding=0)
         return wide(x)
 
     def head(self, features: Images, train: bool = False) -> Array:
@@ -179,7 +180,7 @@ class DenseNetBackbone(nn.Module):
             return nn.relu(BatchNorm(self.dtype, name=name)(x, train))
 
         def convolve(x: Array, width: int, kernel: int, name: str, stride: int = 1) -> Array:
-            return conv(width, kernel, stride, dtype=self.dtype, name=name)(x)
+            return Conv(width, kernel, stride, dtype=self.dtype, name=name)(x)
 
         x = convolve(x, self.stem_width, 7, "conv0", 2)
         x = max_pool(norm_relu(x, "norm0"))
@@ -259,7 +260,7 @@ class MobileNetV2Backbone(nn.Module):
     @nn.compact
     def __call__(self, x: Images, train: bool) -> Array:
         def convolve(x: Array, width: int, kernel: int, name: str, **options: Any) -> Array:
-            x = conv(width, kernel, dtype=self.dtype, name=f"{name}_conv", **options)(x)
+            x = Conv(width, kernel, dtype=self.dtype, name=f"{name}_conv", **options)(x)
             return BatchNorm(self.dtype, name=f"{name}_bn")(x, train)
 
         x = nn.relu6(convolve(x, self.stem_width, 3, "stem", stride=2))
@@ -272,7 +273,7 @@ class MobileNetV2Backbone(nn.Module):
                 y = x
                 if expansion > 1:
                     y = nn.relu6(convolve(y, hidden, 1, f"block{number}_expand"))
-                options = {"stride": stride, "feature_group_count": hidden}
+                options = {"stride": stride, "groups": hidden}
                 y = nn.relu6(convolve(y, hidden, 3, f"block{number}_depthwise", **options))
                 y = convolve(y, width, 1, f"block{number}_project")
                 x = x + y if stride == 1 and inputs == width else y

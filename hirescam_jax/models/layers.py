@@ -1,196 +1,124 @@
-"""The layers that the networks share: convolutions, BatchNorm and the ResNet backbone."""
+"""What networks are made of: convolutions, max-pooling and BatchNorm, the same on every device.
 
-import math
+This is the one door to what is tuned for a kind of device (`cpu`). It is chosen by the platform for
+which a program is lowered, so that networks need not know of it, and other platforms' programs hold
+nothing of it.
+"""
+
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.devices.mesh import DATA, DEPTH
-from hirescam_jax.models.cpu_conv import conv2d_input_gradient, conv2d_kernel_gradient, conv2d_small
+from hirescam_jax.models import cpu
 
 # He et al. 2015, fan-out: what torchvision initialises ResNet with.
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
+he_normal = nn.initializers.he_normal()
+
+LAYOUTS = {2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
+Padding = int | str | Sequence[tuple[int, int]]
 
 
-def conv(features: int, kernel: int, stride: int = 1, *, padding: int | str | None = None, **kw):
-    """A 2D convolution with PyTorch's symmetric padding (kernel // 2 unless told)."""
-    pad = kernel // 2 if padding is None else padding
-    kw.setdefault("use_bias", False)
-    return nn.Conv(
-        features,
-        (kernel, kernel),
-        (stride, stride),
-        padding=pad if isinstance(pad, str) else [(pad, pad)] * 2,
-        kernel_init=he_fan_out,
-        conv_general_dilated=_conv2d,
-        **kw,
-    )
+class Conv(nn.Module):
+    """A convolution over 2 or 3 spatial axes: `kernel` [*window, C / groups, F], and `bias` [F].
+
+    Attributes:
+        features: F.
+        kernel, stride: of all axes, or of each.
+        padding: as for `convolution`; None for half of the kernel, as PyTorch's networks have it.
+        groups: parts of the channels that are convolved apart.
+    """
+
+    features: int
+    kernel: int | tuple[int, ...]
+    stride: int | tuple[int, ...] = 1
+    padding: int | str | None = None
+    groups: int = 1
+    use_bias: bool = False
+    kernel_init: nn.initializers.Initializer = he_fan_out
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N *grid C"]) -> Float[Array, "N *out F"]:
+        window = _of_each(self.kernel, x.ndim - 2)
+        shape = (*window, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        half = [(size // 2, size // 2) for size in window]
+        padding = half if self.padding is None else self.padding
+        y = convolution(x.astype(self.dtype), kernel, self.stride, padding, self.groups)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y += bias.astype(self.dtype)
+        return y
 
 
-def _conv2d(x, kernel, strides, padding, *, dimension_numbers, **options):
-    """`lax.conv_general_dilated` for `nn.Conv`, on CPU with faster gradients and small images."""
+# As the papers' 3D networks have it.
+Conv3D = partial(Conv, padding="VALID", use_bias=True, kernel_init=he_normal)
+
+
+def convolution(
+    x: Float[Array, "N *grid C"],
+    kernel: Float[Array, "*window c F"],
+    stride: int | Sequence[int] = 1,
+    padding: Padding = "VALID",
+    groups: int = 1,
+) -> Float[Array, "N *out F"]:
+    """Cross-correlation over 2 or 3 spatial axes.
+
+    Args:
+        stride: of all axes, or of each.
+        padding: "VALID", "SAME", zeros on both sides of every axis, or of each: (before, behind).
+        groups: see `Conv`.
+    """
+    strides = _of_each(stride, x.ndim - 2)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:-2], strides, padding)
+    elif isinstance(padding, int):
+        padding = [(padding, padding)] * len(strides)
     plain = partial(
         lax.conv_general_dilated,
         window_strides=strides,
         padding=padding,
-        dimension_numbers=dimension_numbers,
-        **options,
+        dimension_numbers=LAYOUTS[len(strides)],
+        feature_group_count=groups,
     )
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    window, image = math.prod(kernel.shape[:2]), math.prod(x.shape[1:3])
-    swapped = window > image > 1  # what XLA does then, see `cpu_conv`
-    dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
-    unusual = options.get("feature_group_count", 1) > 1 or any(d != 1 for d in dilations)
-    if unusual or (kernel.size <= x.size and not swapped):
+    if groups > 1:
         return plain(x, kernel)
-
-    def forward(x: Array, kernel: Array) -> Array:
-        if not swapped:
-            return plain(x, kernel)
-        small = partial(conv2d_small, strides=strides, padding=padding)
-        return lax.platform_dependent(x, kernel, cpu=small, default=plain)
-
-    convolve = jax.custom_vjp(forward)
-
-    def backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-        x, kernel = saved
-
-        def by_kernel(x: Array, grad: Array) -> Array:
-            return jax.vjp(lambda kernel: plain(x, kernel), kernel)[1](grad)[0]
-
-        def by_input(kernel: Array, grad: Array) -> Array:
-            return jax.vjp(lambda x: plain(x, kernel), x)[1](grad)[0]
-
-        grad_x = lax.platform_dependent(
-            kernel,
-            grad,
-            cpu=lambda kernel, grad: conv2d_input_gradient(x.shape, kernel, grad, strides, padding),
-            default=by_input,
-        )
-        # What the product gathers is larger than the kernel then.
-        if grad.size >= kernel.shape[-1] ** 2 and not swapped:
-            return grad_x, by_kernel(x, grad)
-        grad_kernel = lax.platform_dependent(
-            x,
-            grad,
-            cpu=lambda x, grad: conv2d_kernel_gradient(kernel.shape, x, grad, strides, padding),
-            default=by_kernel,
-        )
-        return grad_x, grad_kernel
-
-    convolve.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), backward)
-    return convolve(x, kernel)
+    faster = cpu.faster_convolution(plain, x.shape, kernel.shape, strides, padding)
+    if faster is None:
+        return plain(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=faster, default=plain)
 
 
-class BasicBlock(nn.Module):
-    """ResNet's basic block: two 3x3 convolutions with BatchNorm and a shortcut."""
+def max_pool(x: Float[Array, "N H W C"], window: int = 3, padding: int = 1) -> Array:
+    """The maximum of each window x window places, with a stride of 2 -> [N, h, w, C].
 
-    width: int
-    stride: int = 1
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "N H W C"], train: bool) -> Float[Array, "N h w F"]:
-        def norm(name: str):
-            return partial(BatchNorm(self.dtype, name=name), train=train)
-
-        y = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv1")(x)
-        y = nn.relu(norm("bn1")(y))
-        y = norm("bn2")(conv(self.width, 3, dtype=self.dtype, name="conv2")(y))
-        if self.stride != 1 or x.shape[-1] != y.shape[-1]:
-            x = conv(self.width, 1, self.stride, dtype=self.dtype, name="downsample_conv")(x)
-            x = norm("downsample_bn")(x)
-        return nn.relu(x + y)
-
-
-class Bottleneck(nn.Module):
-    """ResNet's bottleneck block: 1x1, 3x3 and 1x1 convolutions to four times `width` channels.
-
-    The stride is on the 3x3 convolution, as torchvision has it ("ResNet v1.5"); in the paper it is
-    on the first 1x1.
+    What is pooled comes from a ReLU: padding counts as 0 or as nothing, and equal values may share
+    a gradient.
     """
-
-    width: int
-    stride: int = 1
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "N H W C"], train: bool) -> Float[Array, "N h w F"]:
-        def norm(name: str):
-            return partial(BatchNorm(self.dtype, name=name), train=train)
-
-        outputs = 4 * self.width
-        y = nn.relu(norm("bn1")(conv(self.width, 1, dtype=self.dtype, name="conv1")(x)))
-        y = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv2")(y)
-        y = conv(outputs, 1, dtype=self.dtype, name="conv3")(nn.relu(norm("bn2")(y)))
-        y = norm("bn3")(y)
-        if self.stride != 1 or x.shape[-1] != y.shape[-1]:
-            x = conv(outputs, 1, self.stride, dtype=self.dtype, name="downsample_conv")(x)
-            x = norm("downsample_bn")(x)
-        return nn.relu(x + y)
+    slices = jax.checkpoint(partial(cpu.max_pool_by_slices, window=window, padding=padding))
+    plain = partial(max_pool_by_window, window=window, padding=padding)
+    return lax.platform_dependent(x, cpu=slices, default=plain)
 
 
-BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
+def max_pool_by_window(x: Array, window: int, padding: int) -> Array:
+    """XLA's own."""
+    pads = [(0, 0), (padding, padding), (padding, padding), (0, 0)]
+    least = np.array(-np.inf, x.dtype)
+    return lax.reduce_window(x, least, lax.max, (1, window, window, 1), (1, 2, 2, 1), pads)
 
 
-class ResNet(nn.Module):
-    """ResNet without its pooling and classifier (He et al. 2015).
-
-    The defaults are ResNet-18; ResNet-34 has `blocks` (3, 4, 6, 3), ResNet-50 the same of `block`
-    "bottleneck", which gives out four times `widths`. `stem` is "imagenet" (7x7 stride 2, max-pool
-    stride 2; total stride 32) or "small" (3x3 stride 2, no pool; total stride 2^len(widths)).
-    `remat` keeps only the input of each block for the gradient and computes the rest again.
-    """
-
-    blocks: tuple[int, ...] = (2, 2, 2, 2)
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    stem: str = "imagenet"
-    dtype: DTypeLike = jnp.float32
-    remat: bool = False
-    block: str = "basic"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "N H W C"], train: bool) -> Float[Array, "N h w F"]:
-        if self.stem not in ("imagenet", "small"):
-            raise ValueError(f"stem must be 'imagenet' or 'small', got {self.stem!r}")
-        if self.block not in BLOCKS:
-            raise ValueError(f"block must be 'basic' or 'bottleneck', got {self.block!r}")
-        kernel = 7 if self.stem == "imagenet" else 3
-        x = conv(self.widths[0], kernel, 2, dtype=self.dtype, name="conv1")(x)
-        x = nn.relu(BatchNorm(self.dtype, name="bn1")(x, train))
-        if self.stem == "imagenet":
-            x = max_pool(x)
-        block: Any = BLOCKS[self.block]
-        if self.remat:
-            block = nn.remat(block, static_argnums=(2,))
-        for stage, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True)):
-            for i in range(count):
-                stride = 2 if stage > 0 and i == 0 else 1
-                name = f"layer{stage + 1}_{i}"
-                x = block(width, stride, self.dtype, name=name)(x, train)
-        return x
-
-
-def max_pool(x: Float[Array, "N H W C"]) -> Float[Array, "N h w C"]:
-    """3x3 max-pool of stride 2 and padding 1, as maxima of slices, rows first.
-
-    The gradient of XLA's own window is a serial scatter on CPU. Padding with 0 is neutral, since
-    what is pooled comes from a ReLU.
-    """
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    for axis in (1, 2):
-        count = (x.shape[axis] - 3) // 2 + 1
-        taps = [lax.slice_in_dim(x, i, i + 2 * count - 1, 2, axis) for i in range(3)]
-        x = jnp.maximum(jnp.maximum(taps[0], taps[1]), taps[2])
-    return x
+def _of_each(sizes: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    return (sizes,) * axes if isinstance(sizes, int) else tuple(sizes)
 
 
 Channels = Float[Array, " C"]
@@ -282,70 +210,3 @@ def wide(x: Array) -> Array:
 
 
 normalize_batch.defvjp(_normalize_forward, _normalize_backward)
-
-
-class Conv3D(nn.Module):
-    """A VALID 3D convolution with bias: `kernel` [kd, kh, kw, C, F] and `bias` [F].
-
-    `kernel` and `stride` are (depth, height, width), or one number for all three.
-    """
-
-    features: int
-    kernel: int | tuple[int, int, int]
-    stride: int | tuple[int, int, int]
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B D H W C"]) -> Float[Array, "B d h w F"]:
-        shape = (*_three(self.kernel), x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return conv3d(x, kernel.astype(self.dtype), self.stride) + bias.astype(self.dtype)
-
-
-def conv3d(
-    x: Float[Array, "B D H W C"],
-    kernel: Float[Array, "kd kh kw C F"],
-    stride: int | tuple[int, int, int],
-) -> Float[Array, "B d h w F"]:
-    """VALID 3D convolution, the faster way on each backend (both agree up to rounding)."""
-    return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=lambda x, kernel: conv3d_by_planes(x, kernel, stride),
-        default=lambda x, kernel: conv3d_direct(x, kernel, stride),
-    )
-
-
-def conv3d_direct(x: Array, kernel: Array, stride: int | tuple[int, int, int]) -> Array:
-    """One 3D convolution: what GPUs and TPUs are good at."""
-    return lax.conv_general_dilated(
-        x, kernel, _three(stride), "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-    )
-
-
-def conv3d_by_planes(x: Array, kernel: Array, stride: int | tuple[int, int, int]) -> Array:
-    """The same as a sum of 2D convolutions, one a plane of the kernel.
-
-    XLA's CPU backend has no fast gradient of a 3D convolution, but it has one in 2D.
-    """
-    batch, depth = x.shape[:2]
-    along, *across = _three(stride)
-    out_depth = (depth - kernel.shape[0]) // along + 1
-
-    def plane(offset: int) -> Array:
-        planes = x[:, offset : offset + (out_depth - 1) * along + 1 : along]
-        return lax.conv_general_dilated(
-            planes.reshape(batch * out_depth, *x.shape[2:]),
-            kernel[offset],
-            across,
-            "VALID",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-
-    total = sum((plane(offset) for offset in range(1, kernel.shape[0])), start=plane(0))
-    return total.reshape(batch, out_depth, *total.shape[1:])
-
-
-def _three(sizes: int | tuple[int, int, int]) -> tuple[int, int, int]:
-    return (sizes, sizes, sizes) if isinstance(sizes, int) else sizes

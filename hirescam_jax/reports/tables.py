@@ -5,7 +5,7 @@ import dataclasses
 import io
 from collections.abc import Callable
 
-from hirescam_jax.metrics.bootstrap import Interval
+from hirescam_jax.metrics.intervals import Interval
 from hirescam_jax.reports.text import interval_text
 
 

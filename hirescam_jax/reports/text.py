@@ -1,7 +1,7 @@
 """Texts that tables and pages share: aligned columns, intervals, names of maps."""
 
 from hirescam_jax.explanations.methods import EVALUATED, METHODS
-from hirescam_jax.metrics.bootstrap import Interval
+from hirescam_jax.metrics.intervals import Interval
 
 # As tables call them. The first are maps of the model.
 MAP_NAMES = {

@@ -15,6 +15,7 @@ from hirescam_jax.config import Config
 from hirescam_jax.data.pipeline import digest_of
 from hirescam_jax.data.specs import StoreData
 from hirescam_jax.errors import UserError
+from hirescam_jax.models.contract import Network, has_slices, initial_variables
 from hirescam_jax.runs.config_files import from_json, to_json
 from hirescam_jax.runs.integrity import load_patiently, saved_losses, step_folder
 
@@ -140,7 +141,7 @@ class Run:
         return self.header.config
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Network:
         return self.header.config.model
 
     @property
@@ -161,7 +162,7 @@ class Run:
 
     def check_maps(self) -> None:
         """Raises UserError if the model's maps cannot be laid on a volume."""
-        if self.model.depth_unit is None:
+        if not has_slices(self.model):
             raise UserError(
                 f"{self.path}: the maps of {type(self.model).__name__} have no slices "
                 "and cannot be laid on a volume; `hirescam_jax.explain` gives them on their own "
@@ -191,7 +192,7 @@ def load_run(run_dir: str | Path, which: str = "best") -> Run:
     validated = [saved for saved, loss in losses.items() if loss is not None]
     if which == "best" and validated:
         step = min(validated, key=lambda step: (losses[step], step))
-    init = partial(header.config.model.init, jax.random.key(0))
+    init = partial(initial_variables, header.config.model, jax.random.key(0))
     shapes = jax.eval_shape(init, jnp.zeros((1, *header.shape)))
     abstract = {
         name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes.get(name, {}))

@@ -6,7 +6,7 @@ from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.devices.layout import Layout
 from hirescam_jax.devices.mesh import DATA
 from hirescam_jax.errors import UserError
-from hirescam_jax.models.contract import feature_grid
+from hirescam_jax.models.contract import depth_unit, feature_grid, has_slices
 
 
 def open_data(config: Config, split: str, with_lesions: bool = False) -> Source:
@@ -30,7 +30,7 @@ def open_layout(config: Config, shape: tuple[int, ...], *, evaluation: bool = Fa
     """
     check_slices(config, evaluation)
     mesh = sharding.make_mesh(config.depth_devices)
-    grid, unit = feature_grid(config.model, shape), config.model.depth_unit or 1
+    grid, unit = feature_grid(config.model, shape), depth_unit(config.model) or 1
     if evaluation:
         devices = mesh.shape[DATA]
         return Layout(mesh, -(-config.batch_size // devices) * devices, shape, grid, unit)
@@ -38,17 +38,19 @@ def open_layout(config: Config, shape: tuple[int, ...], *, evaluation: bool = Fa
 
 
 def check_slices(config: Config, evaluation: bool) -> None:
-    """Raises UserError for what needs features of single slices, if the model has none of them:
-    its `depth_unit` is None."""
-    if config.model.depth_unit is not None:
-        return
-    kind = type(config.model).__name__
-    if config.depth_devices > 1:
-        raise UserError(
-            f"config.depth_devices = {config.depth_devices}: the features of {kind} are of all "
-            "slices at once, which therefore stay on one device: use 1"
+    """Raises UserError for what needs features of single slices, if the model has none of them."""
+    kind, slices = type(config.model).__name__, has_slices(config.model)
+    if config.depth_devices > 1 and depth_unit(config.model) is None:
+        why = (
+            f"{kind} has no `depth_unit`, the number of slices that make one feature cell"
+            if slices
+            else f"the features of {kind} are of all slices at once"
         )
-    if config.mask_weight > 0 and not evaluation:
+        raise UserError(
+            f"config.depth_devices = {config.depth_devices}: {why}, which therefore stay on one "
+            "device: use 1"
+        )
+    if config.mask_weight > 0 and not slices and not evaluation:
         raise UserError(
             f"config.mask_weight = {config.mask_weight:g}: the features of {kind} have no slices, "
             "so that masks mean nothing on its maps: use 0"

@@ -29,7 +29,9 @@ from hirescam_jax.losses import allowed_of, classification_loss, labels_of, mask
 from hirescam_jax.models.contract import (
     attention_scale,
     features_of,
+    has_slices,
     head_of,
+    initial_variables,
     own_parameters,
     training_features,
 )
@@ -163,7 +165,7 @@ def eval_step(
         attention = hirescam(head, features) * attention_scale(model, features)
         class_loss = of_each(classification_loss, head(features), labels_of(findings))
         attention_loss = of_each(forbidden_attention, attention, findings, regions)
-    if model.depth_unit is None:
+    if not has_slices(model):
         attention_loss = jnp.zeros_like(attention_loss)  # no slices on which a mask could lie
     loss = class_loss + config.mask_weight * attention_loss
     sums = {"loss": loss, "class_loss": class_loss, "mask_loss": attention_loss}
@@ -202,7 +204,7 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
 
 def init_state(config: Config, optimizer: Any, shape: tuple[int, ...]) -> TrainState:
     """The initial state for volumes of `shape` (D, H, W), a function of `config.seed`."""
-    variables = config.model.init(jax.random.key(config.seed), jnp.zeros((1, *shape)))
+    variables = initial_variables(config.model, jax.random.key(config.seed), jnp.zeros((1, *shape)))
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

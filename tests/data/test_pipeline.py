@@ -128,7 +128,7 @@ WORKERS = """
 import itertools, jax, numpy as np
 from hirescam_jax.data.phantom import Phantom, PhantomConfig
 from hirescam_jax.data.pipeline import eval_batches, train_batches
-from hirescam_jax.devices.mesh import Share
+from hirescam_jax.devices.layout import Share
 
 source = Phantom(PhantomConfig(shape=(6, 12, 12)), "train", 7, (2, 3, 3))
 for plain, worked in (

@@ -399,7 +399,7 @@ import sys, jax, numpy as np
 from itertools import islice
 from hirescam_jax.data.pipeline import eval_batches, train_batches
 from hirescam_jax.data.store.store import Store
-from hirescam_jax.devices.mesh import Share
+from hirescam_jax.devices.layout import Share
 
 source = Store(sys.argv[1], "train", (2, 3, 3))
 for size in (1, 2):

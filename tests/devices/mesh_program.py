@@ -24,7 +24,7 @@ from hirescam_jax.devices.mesh import make_mesh
 from hirescam_jax.explanations.methods import EVALUATED, METHODS
 from hirescam_jax.inference.maps import explain_step
 from hirescam_jax.models import AxialNet, BodyConv, Conv3DNet
-from hirescam_jax.models.contract import feature_grid
+from hirescam_jax.models.contract import depth_unit, feature_grid
 from hirescam_jax.models.heads import depth_max, depth_mean
 from hirescam_jax.models.layers import BatchNorm
 from hirescam_jax.training.step import eval_step, init_state, make_optimizer, on_mesh, train_step
@@ -43,6 +43,23 @@ class Renamed(AxialNet):
     def head(self, features, train=False):
         pooled = depth_mean(features)
         return self.classifier(pooled.reshape(pooled.shape[0], -1))
+
+
+class Bare(nn.Module):
+    """A network of `features` and `head` alone, which know of no training mode either."""
+
+    dtype: str = "float32"
+    num_labels: int = LABELS
+
+    def setup(self):
+        self.stem = nn.Conv(6, (3, 4, 4), (3, 4, 4), padding="VALID", dtype=self.dtype)
+        self.scores = nn.Dense(self.num_labels, precision="highest")
+
+    def features(self, volumes):
+        return nn.relu(self.stem(volumes[..., None]))
+
+    def head(self, features):
+        return self.scores(features.mean((1, 2, 3)))
 
 
 class Gated(nn.Module):
@@ -96,6 +113,7 @@ MODELS = {
     ),
     "renamed": (Renamed(LABELS, (1, 1), (4, 8), "small", (6,), "SAME"), (30, 16, 16)),
     "gated": (Gated(), (30, 16, 16)),
+    "bare": (Bare(), (30, 16, 16)),
     "bodyconv": (  # three cells of nine slices, and two slices that make none
         BodyConv(LABELS, (1,), (4,), "small", conv_widths=(6, 5), channels=1, hidden=(8, 6)),
         (29, 16, 16),
@@ -153,7 +171,7 @@ def results(out: Path, name: str, run: str, dtype: str) -> dict[str, np.ndarray]
     )
     batch = batch_of(config, shape)
     weighted = {**batch, "weight": np.ones(BATCH, np.float32)}
-    grid, unit = feature_grid(config.model, shape), config.model.depth_unit
+    grid, unit = feature_grid(config.model, shape), depth_unit(config.model) or 1
     if mesh == "1":
         layout = Layout(make_mesh(1, jax.devices()[:1]), BATCH, shape, grid, unit)
         batch, weighted = jax.device_put((batch, weighted))

@@ -130,6 +130,14 @@ def test_gradients_do_not_depend_on_names_or_on_what_is_behind_the_depth(tmp_pat
         assert error < 1e-12, (label, error)
 
 
+@pytest.mark.slow
+def test_a_network_without_a_depth_unit_has_its_batch_on_several_devices(tmp_path):
+    results = run_program(tmp_path, "bare", "float64", "1", "8,1")
+    assert float(results["1"]["['metrics']['mask_loss']"]) > 0
+    for label, error in distance(results["1"], results["8,1"]).items():
+        assert error < 1e-12, (label, error)
+
+
 @pytest.mark.long
 def test_meshes_in_float32_are_as_near_to_float64_as_one_device(exact, tmp_path):
     """How far float32 is from float64 on one device is what rounding does to this step; on a mesh

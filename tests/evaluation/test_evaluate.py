@@ -31,7 +31,7 @@ from hirescam_jax.metrics import (
     organ_iou,
     random_maps,
 )
-from hirescam_jax.metrics.bootstrap import UNKNOWN
+from hirescam_jax.metrics.intervals import UNKNOWN
 from hirescam_jax.models import AxialNet, CTNet
 from hirescam_jax.reports.text import MAP_NAMES
 from hirescam_jax.runs.run import Header, Run

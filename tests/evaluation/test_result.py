@@ -25,7 +25,7 @@ from hirescam_jax.evaluation.result import (
 )
 from hirescam_jax.evaluation.summary import summarise
 from hirescam_jax.evaluation.tables.runs import tables
-from hirescam_jax.metrics.bootstrap import Interval
+from hirescam_jax.metrics.intervals import Interval
 from tests.evaluation.test_evaluate import predictions, with_everything
 
 LABELS = ("a", "b", "c")

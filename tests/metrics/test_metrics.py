@@ -1,7 +1,5 @@
 """The measures: explicit loops, scikit-learn, and the statistics of the bootstrap."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +20,7 @@ from hirescam_jax.metrics import (
     delong_test,
     energy_inside,
     expected_calibration_error,
+    intervals,
     nan_mean,
     organ_iou,
     pointing_game,
@@ -280,8 +279,7 @@ def test_bootstrap_of_groups_draws_whole_groups():
 def test_bootstrap_in_parts_is_the_same(monkeypatch):
     values = np.random.default_rng(0).normal(size=30)
     whole = bootstrap(lambda c: values[c].mean(-1), 30, resamples=100)
-    module = importlib.import_module("hirescam_jax.metrics.bootstrap")  # not the function
-    monkeypatch.setattr(module, "_DRAWN_AT_ONCE", 30 * 7)
+    monkeypatch.setattr(intervals, "_DRAWN_AT_ONCE", 30 * 7)
     parts = bootstrap(lambda c: values[c].mean(-1), 30, resamples=100)
     # Means of 30 values; an end lies between two of them: a difference, a product and a sum.
     scale = np.abs(values).max()

@@ -11,13 +11,16 @@ import pytest
 
 from hirescam_jax.models import AxialNet, Conv3DNet
 from hirescam_jax.models.axialnet import stack_slices
-from hirescam_jax.models.cpu_conv import conv2d_input_gradient, conv2d_kernel_gradient
+from hirescam_jax.models.cpu import (
+    convolution_by_planes,
+    convolution_by_product,
+    max_pool_by_slices,
+)
 from hirescam_jax.models.layers import (
-    conv,
-    conv3d,
-    conv3d_by_planes,
-    conv3d_direct,
+    Conv,
+    convolution,
     max_pool,
+    max_pool_by_window,
     normalize_batch,
 )
 from tests.rounding import assert_same_but_for_rounding
@@ -273,8 +276,10 @@ def test_gradients_by_one_product_are_xlas(size, kernel, stride, padding):
         y, gradients = jax.vjp(convolve, x, w)
         grad = jnp.asarray(rng.normal(size=y.shape))
         wanted_x, wanted_w = gradients(grad)
-        found_x = conv2d_input_gradient(x.shape, w, grad, strides, pads)
-        found_w = conv2d_kernel_gradient(w.shape, x, grad, strides, pads)
+        product = partial(convolution_by_product, strides=strides, padding=pads)
+        found, gradients = jax.vjp(product, x, w)
+        found_x, found_w = gradients(grad)
+        np.testing.assert_allclose(found, y, rtol=1e-12, atol=1e-12)
         assert found_w.dtype == found_x.dtype == jnp.float64
     np.testing.assert_allclose(found_x, wanted_x, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(found_w, wanted_w, rtol=1e-12, atol=1e-12)
@@ -302,7 +307,7 @@ def test_the_convolution_layers_gradients_are_xlas(images, size, stride, padding
         return jax.lax.conv_general_dilated(x, w, (stride,) * 2, pads, dimension_numbers=numbers)
 
     def layer(w, x):
-        module = conv(32, 3, stride, padding=padding, dtype=jnp.float64)
+        module = Conv(32, 3, stride, padding=padding, dtype=jnp.float64)
         return module.apply({"params": {"kernel": w}}, x)
 
     with jax.enable_x64(True):
@@ -524,49 +529,63 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(model, 
 # -- convolutions ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("window", [3, 2])
+@pytest.mark.parametrize("pool", [max_pool, max_pool_by_slices, max_pool_by_window])
 @pytest.mark.parametrize("size", [(9, 12), (8, 7), (3, 3)])
-def test_max_pool_and_its_gradient_are_torchs(torch, size):
+def test_max_pool_and_its_gradient_are_torchs(torch, size, pool, window):
     rng = np.random.default_rng(0)
     x = np.abs(rng.normal(size=(2, *size, 3))).astype(np.float32)
     x[rng.random(x.shape) < 0.3] = 0  # as behind a ReLU
-    out, pull_back = jax.vjp(max_pool, jnp.asarray(x))
+    pool = partial(pool, window=window, padding=window // 3)
+    out, pull_back = jax.vjp(pool, jnp.asarray(x))
     cotangent = rng.normal(size=out.shape).astype(np.float32)
     x_torch = torch.tensor(x).permute(0, 3, 1, 2).requires_grad_()
-    wanted = torch.nn.functional.max_pool2d(x_torch, 3, 2, 1)
+    wanted = torch.nn.functional.max_pool2d(x_torch, window, 2, window // 3)
     wanted.backward(torch.tensor(cotangent).permute(0, 3, 1, 2))
     np.testing.assert_array_equal(out, wanted.detach().permute(0, 2, 3, 1).numpy())
     gradient = x_torch.grad.permute(0, 2, 3, 1).numpy()
-    # Equal zeros share a gradient here; the ReLU in front drops it.
+    # Equal zeros may share a gradient here; the ReLU in front drops it.
     np.testing.assert_allclose(pull_back(cotangent)[0] * (x > 0), gradient * (x > 0), atol=1e-6)
 
 
+def by_planes(x, kernel, stride, padding=0):
+    return convolution_by_planes(x, kernel, (stride,) * 3, [(padding, padding)] * 3)
+
+
+def direct(x, kernel, stride, padding=0):
+    pads, numbers = [(padding, padding)] * 3, ("NDHWC", "DHWIO", "NDHWC")
+    strides = (stride,) * 3
+    return jax.lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=numbers)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("kernel", [1, 2, 3])
-def test_conv3d_by_planes_is_the_direct_convolution(kernel, stride):
+def test_a_3d_convolution_by_planes_is_the_direct_one(kernel, stride, padding):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 7, 8, 9, 3)), jnp.float32)
     w = jnp.asarray(rng.normal(size=(*(kernel,) * 3, 3, 4)), jnp.float32)
 
     def loss(convolve, x, w):
-        out = convolve(x, w, stride)
+        out = convolve(x, w, stride, padding)
         weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
         return (out * weights).sum(), out
 
     results = [
         jax.jit(jax.value_and_grad(partial(loss, f), argnums=(0, 1), has_aux=True))(x, w)
-        for f in (conv3d_by_planes, conv3d_direct, conv3d)
+        for f in (by_planes, direct, convolution)
     ]
-    direct = jax.tree.leaves(results[1])
+    expected = jax.tree.leaves(results[1])
     for result in (results[0], results[2]):
-        for got, wanted in zip(jax.tree.leaves(result), direct, strict=True):
+        for got, wanted in zip(jax.tree.leaves(result), expected, strict=True):
             np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_conv3d_by_planes_is_torchs(torch):
+def test_a_3d_convolution_by_planes_is_torchs(torch):
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(2, 8, 7, 9, 3)), rng.normal(size=(3, 3, 3, 3, 4))
     wanted = torch.nn.functional.conv3d(
         torch.tensor(x).movedim(-1, 1), torch.tensor(w).permute(4, 3, 0, 1, 2), stride=2
     )
-    got = conv3d_by_planes(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), 2)
+    got = by_planes(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), 2)
     np.testing.assert_allclose(got, wanted.movedim(1, -1), rtol=1e-4, atol=1e-4)

@@ -30,7 +30,7 @@ from hirescam_jax.models import (
 )
 from hirescam_jax.models.contract import feature_grid
 from hirescam_jax.models.images import adaptive_average_pool
-from hirescam_jax.models.layers import conv, conv3d_by_planes, conv3d_direct
+from hirescam_jax.models.layers import Conv, convolution
 from hirescam_jax.runs.config_files import from_json, to_json
 from hirescam_jax.runs.run import Header, Run
 from hirescam_jax.runs.setup import open_data, open_layout
@@ -168,7 +168,9 @@ def test_conv3d_of_unequal_kernel_and_stride_is_torchs(torch):
     weights = rng.normal(size=tuple(wanted.shape))
     (wanted * torch.tensor(weights)).sum().backward()
     cotangent = np.moveaxis(weights, 1, -1)
-    for convolve in (conv3d_direct, conv3d_by_planes):
+    numbers = ("NDHWC", "DHWIO", "NDHWC")
+    direct = partial(jax.lax.conv_general_dilated, padding="VALID", dimension_numbers=numbers)
+    for convolve in (direct, convolution):
         with jax.enable_x64(True):
             run = jax.jit(lambda x, w, f=convolve: jax.vjp(lambda x, w: f(x, w, (3, 1, 2)), x, w))
             y, pull = run(jnp.asarray(x), jnp.asarray(w))
@@ -190,7 +192,7 @@ def test_depthwise_convolutions_and_their_gradients_are_torchs(torch):
     weights = rng.normal(size=tuple(wanted.shape))
     (wanted * torch.tensor(weights)).sum().backward()
     with jax.enable_x64(True):
-        layer = conv(6, 3, feature_group_count=6, dtype=jnp.float64)
+        layer = Conv(6, 3, groups=6, dtype=jnp.float64)
         y, pull = jax.vjp(
             lambda x, w: layer.apply({"params": {"kernel": w}}, x), jnp.asarray(x), jnp.asarray(w)
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from hirescam_jax.evaluation.result import Evaluation, LabelScores, MapScores, RunEvaluation
 from hirescam_jax.evaluation.text import shown_lesions
 from hirescam_jax.explanations.methods import EVALUATED
-from hirescam_jax.metrics.bootstrap import UNKNOWN, Interval
+from hirescam_jax.metrics.intervals import UNKNOWN, Interval
 from hirescam_jax.reports.tables import MISSING, Cell
 from hirescam_jax.reports.text import MAP_NAMES, map_name
 

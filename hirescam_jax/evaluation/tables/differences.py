@@ -9,7 +9,7 @@ from hirescam_jax.errors import UserError
 from hirescam_jax.evaluation.values import Values
 from hirescam_jax.explanations.methods import EVALUATED
 from hirescam_jax.metrics import delong_test
-from hirescam_jax.metrics.bootstrap import (
+from hirescam_jax.metrics.intervals import (
     Resampled,
     draws,
     group_numbers,

@@ -34,7 +34,7 @@ from hirescam_jax.experiments.voc.training import (
 )
 from hirescam_jax.explanations.verdict import head_verdict
 from hirescam_jax.files import atomic_file
-from hirescam_jax.metrics.bootstrap import draws, intervals, mean_of, resampled_ranks
+from hirescam_jax.metrics.intervals import draws, intervals, mean_of, resampled_ranks
 from hirescam_jax.models import MobileNetV2
 from hirescam_jax.progress import say
 from hirescam_jax.weights.pytorch import from_torch, read_weights
@@ -46,7 +46,7 @@ def prediction_scores(
     logits: Float[np.ndarray, "N K"], labels: UInt8[np.ndarray, "N K"]
 ) -> dict[str, Any]:
     """Means over classes of average precision and AUROC, with 95 % bootstrap intervals over photos
-    (`hirescam_jax.metrics.bootstrap`).
+    (`hirescam_jax.metrics.intervals`).
 
     A mean is over the classes in two photos and more (and, for AUROC, not in two), the same ones in
     all resamples. A label of 255 is left out.

@@ -11,7 +11,7 @@ from hirescam_jax.evaluation.checks import AREAS as MEASURES
 from hirescam_jax.evaluation.checks import Pair, measure_pairs
 from hirescam_jax.evaluation.result import plain
 from hirescam_jax.experiments.voc.maps import BASELINES, METHODS, PairMaps, Pairs, baselines_of
-from hirescam_jax.metrics.bootstrap import mean_intervals
+from hirescam_jax.metrics.intervals import mean_intervals
 from hirescam_jax.models import MobileNetV2
 from hirescam_jax.progress import progress
 

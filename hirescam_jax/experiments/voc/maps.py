@@ -24,7 +24,7 @@ from hirescam_jax.metrics import (
     rank_accuracy,
 )
 from hirescam_jax.metrics.baselines import baseline_maps
-from hirescam_jax.metrics.bootstrap import mean_intervals
+from hirescam_jax.metrics.intervals import mean_intervals
 from hirescam_jax.progress import progress
 
 METHODS = ("hirescam", "gradcam")

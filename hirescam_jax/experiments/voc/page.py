@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from hirescam_jax.evaluation.checks import MEASURES as FAITHFUL
+from hirescam_jax.evaluation.checks import AREAS as FAITHFUL
 from hirescam_jax.experiments.voc.maps import MEASURES, METHODS, PairMaps, Pairs, enlarged
 from hirescam_jax.experiments.voc.photos import CLASSES, VOC, VOID
 from hirescam_jax.reports import pages

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import norm
 
 from hirescam_jax.metrics import auroc, average_precision, bootstrap, nan_mean
-from hirescam_jax.metrics.bootstrap import (
+from hirescam_jax.metrics.intervals import (
     UNKNOWN,
     Resampled,
     draws,
