@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -122,3 +123,16 @@ def test_each_wing_says_what_lives_there():
             assert text, module
             if len(list(path.parent.glob("*.py"))) > 3 and module.count(".") == 1:
                 assert "read this first" in text or "to read first" in text, module
+
+
+def test_the_readme_has_the_wings_in_order():
+    rows = re.findall(
+        r"^\| \[(\w+)/\]\(hirescam_jax/\w+\) \|", (ROOT / "README.md").read_text(), re.M
+    )
+    assert set(rows) == {name for name in map(wing, FILES) if (ROOT / PACKAGE / name).is_dir()} - {
+        ""
+    }
+    for module in INSIDE:
+        for other in map(wing, ARROWS[module]):
+            if {wing(module), other} <= set(rows):
+                assert rows.index(other) <= rows.index(wing(module)), f"{module} imports {other}"

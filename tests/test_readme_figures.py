@@ -44,6 +44,13 @@ def of_explaining() -> Iterator[str]:
             yield f"| `{name}`{comma}{one_label} | {cost:{'.2f' if cost < 10 else '.0f'}} |"
 
 
+def of_the_start() -> Iterator[str]:
+    over_jax = results("startup_cpu")["over_import_jax"]
+    helps = [ratio for name, ratio in over_jax.items() if name.endswith("--help")]
+    imported = over_jax["import hirescam_jax"]
+    yield f"they take {min(helps):.2f} to {max(helps):.2f} times and {imported:.2f} times."
+
+
 def of_the_step() -> Iterator[str]:
     large, small = (results(f"train_step_{name}cpu")["ratios"] for name in ("", "demo_"))
     forwards = (
@@ -84,7 +91,7 @@ def test_the_demo_in_both_places():
 
 
 def test_the_benchmarks():
-    lines = [*of_explaining(), *of_the_step(), *of_feeding()]
+    lines = [*of_explaining(), *of_the_start(), *of_the_step(), *of_feeding()]
     assert [line for line in lines if line not in text_of("benchmarks/README.md")] == []
     for name in ("demo_seeds", "explain_cpu", "train_step_cpu", "train_step_demo_cpu"):
         assert results(name)["machine"]["cpu"] == "AMD EPYC"  # as the READMEs say

@@ -37,7 +37,7 @@ COMMANDS = {
 }
 USAGE = f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
-  demo       train on phantom CTs without and with the mask loss, and compare (4 minutes)
+  demo       train on phantom CTs without and with the mask loss, and compare (2 minutes)
   prepare    turn CT volumes and labels into a store for training
   inspect    summarise a store
   train      train a model from a config

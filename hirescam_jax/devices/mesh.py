@@ -159,7 +159,7 @@ def whole(local: int) -> int:
         return local
     volumes = _volumes.value
     if volumes is None:
-        raise ValueError("the depth is split over devices: enter `sharding.volume_of` first")
+        raise ValueError("the depth is split over devices: enter `mesh.volume_of` first")
     if local % volumes.local:
         raise ValueError(
             f"{local} places along the depth, on a device that has {volumes.local} feature cells "

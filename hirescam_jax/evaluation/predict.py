@@ -13,7 +13,7 @@ from jaxtyping import Array
 from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config
 from hirescam_jax.data.pipeline import Source, eval_batches
-from hirescam_jax.devices import mesh as sharding
+from hirescam_jax.devices import mesh
 from hirescam_jax.devices.layout import Layout
 from hirescam_jax.errors import UserError
 from hirescam_jax.evaluation.resume import Kept
@@ -109,7 +109,7 @@ def pairs_step(
 @cache
 def _predict_program(config: Config, layout: Layout) -> Callable[..., dict[str, Any]]:
     program = partial(predict_step, config=config, layout=layout)
-    everywhere = sharding.replicated(layout.mesh)
+    everywhere = mesh.replicated(layout.mesh)
     return jax.jit(program, out_shardings=everywhere, compiler_options=compiler_options())
 
 
@@ -129,7 +129,7 @@ def predict(
     """
     config = run.config
     layout = open_layout(config, tuple(source.shape), evaluation=True)
-    variables = sharding.replicate(run.variables, layout.mesh)
+    variables = mesh.replicate(run.variables, layout.mesh)
     # Of the config only what the maps depend on: runs that differ in their training share it.
     step = _predict_program(Config(config.model, preprocess=config.preprocess), layout)
     name = f"{title}_by_{layout.batch_size}".replace(" ", "_")

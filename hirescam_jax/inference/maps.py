@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import Config
-from hirescam_jax.devices import mesh as sharding
+from hirescam_jax.devices import mesh
 from hirescam_jax.devices.layout import Layout
 from hirescam_jax.devices.mesh import DATA, DEPTH
 from hirescam_jax.errors import UserError
@@ -69,18 +69,18 @@ def explain_step(
     model, local = config.model, layout.padded_cells // layout.mesh.shape[DEPTH]
 
     def part(variables: Any, volume: Array) -> tuple[Array, dict[str, Array]]:
-        with sharding.volume_of(volume.shape[0], local, layout.cells):
+        with mesh.volume_of(volume.shape[0], local, layout.cells):
             features = features_of(model, variables, config.preprocess.normalize(volume))
             head, maps = head_of(model, variables), {}
             for name in methods:
                 options = {}
-                if METHODS[name].over_grid and sharding.split_axes(DEPTH):
+                if METHODS[name].over_grid and mesh.split_axes(DEPTH):
                     options = {"axis_name": DEPTH, "positions": math.prod(layout.grid)}
                 maps[name] = METHODS[name](head, features, labels, **options)
             return head(features), maps
 
-    specs = (sharding.WHOLE, sharding.SPECS["volume"]), (PartitionSpec(DATA), sharding.MAPS)
-    logits, maps = sharding.split(part, layout.mesh, *specs)(variables, volume)
+    specs = (mesh.WHOLE, mesh.SPECS["volume"]), (PartitionSpec(DATA), mesh.MAPS)
+    logits, maps = mesh.split(part, layout.mesh, *specs)(variables, volume)
     return logits, {name: map_BKdhw[:, :, : layout.cells] for name, map_BKdhw in maps.items()}
 
 

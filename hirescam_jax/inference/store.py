@@ -17,8 +17,7 @@ from jaxtyping import Array
 from hirescam_jax.data.grid import feature_affine
 from hirescam_jax.data.pipeline import eval_batches
 from hirescam_jax.data.store.store import Store
-from hirescam_jax.devices import mesh as sharding
-from hirescam_jax.devices import processes
+from hirescam_jax.devices import mesh, processes
 from hirescam_jax.devices.layout import Layout
 from hirescam_jax.errors import UserError
 from hirescam_jax.explanations.methods import METHODS, MethodName
@@ -192,7 +191,7 @@ def _explain(
     config, size = run.config, layout.batch_size
     steps = range(-(-len(source) // size))
     pending = [t for t in steps if not all(done[t * size : (t + 1) * size])]
-    variables = sharding.replicate(run.variables, layout.mesh)
+    variables = mesh.replicate(run.variables, layout.mesh)
     program = explain_program(config, layout, method, chosen)
     bias_L = head_bias(run)[list(chosen)]
 

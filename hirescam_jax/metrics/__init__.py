@@ -3,7 +3,7 @@
 predictions.py    are the predictions right? AUROC with DeLong's variance, average precision
 calibration.py    are their probabilities?
 intervals.py      how sure is that? the bootstrap, by patient
-masks.py          does a map lie where it should? OrganIoU, IoU, Dice, pointing game, energy
+masks.py          does a map lie where it should? OrganIoU (read this first), IoU, Dice, pointing
 faithfulness.py   does the model use what the map shows? insertion and deletion, ROAD
 sanity.py         does the map depend on the model, and come out again? randomisation, similarity
 baselines.py      maps that no model made

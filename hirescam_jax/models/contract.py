@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hirescam_jax.devices import mesh as sharding
+from hirescam_jax.devices import mesh
 from hirescam_jax.devices.mesh import DATA, DEPTH
 from hirescam_jax.errors import UserError
 
@@ -21,7 +21,7 @@ class Network(Protocol):
     `features`: volumes [B, D, H, W] -> features [B, *grid, C], float32 at least.
     `head`: features -> logits [B, K]; it must not mix the examples of a batch.
 
-    Both may take `train`, a bool by keyword, and are given it then. What else it may have, with the
+    Both may take `train: bool = False`, and are given it then. What else it may have, with the
     value for a network without it:
 
     `attention_scale(grid) -> float` (1): what turns HiResCAM, on a grid (d, h, w), into the
@@ -57,7 +57,7 @@ def attention_scale(model: Network, features: Array) -> float:
     """Of these features, for the grid of whole volumes; see `Network`."""
     depth, *rest = features.shape[1:-1]
     scale = getattr(model, "attention_scale", None)
-    return scale((sharding.whole(depth), *rest)) if scale else 1.0
+    return scale((mesh.whole(depth), *rest)) if scale else 1.0
 
 
 def initial_variables(model: Network, key: Array, volumes: Array) -> Any:
@@ -95,11 +95,17 @@ def head_of(
     """The model's head as a function of features alone, for `cam`; dropout: its key in training."""
     mode = _mode(model.head, dropout is not None)
     rngs = None if dropout is None else {"dropout": dropout}
-    return partial(model.apply, variables, method="head", rngs=rngs, **mode)
+
+    def head(features: Array) -> Array:
+        logits = model.apply(variables, features, method="head", rngs=rngs, **mode)
+        # A device that has the whole depth need not pool by `heads`, which tell it to the types.
+        return mesh.total(logits, DEPTH) if mesh.parts(DEPTH) == 1 else logits
+
+    return head
 
 
 def own_parameters(model: Network, variables: Any, volumes: Array, key: Array) -> Any:
-    """The parameters as each device's own (`sharding.own`): over `data` all of them; over `depth`
+    """The parameters as each device's own (`mesh.own`): over `data` all of them; over `depth`
     those that act on slices, of whose gradient a device has a part, so that the network need not
     say which these are.
 
@@ -118,7 +124,7 @@ def own_parameters(model: Network, variables: Any, volumes: Array, key: Array) -
 
         def differ(leaves: list[Array]) -> bool:
             head = head_of(model, {"params": structure.unflatten(leaves)}, key)
-            return sharding.varies(head(features), DEPTH)
+            return mesh.varies(head(features), DEPTH)
 
         if differ(leaves):
             raise ValueError(
@@ -126,13 +132,13 @@ def own_parameters(model: Network, variables: Any, volumes: Array, key: Array) -
                 "volume: take `depth_mean`, `depth_max` or `DepthDense` over the depth"
             )
         for i, leaf in enumerate(leaves):
-            one = sharding.own(leaf, DEPTH)
+            one = mesh.own(leaf, DEPTH)
             on_slices[i] = not differ([*leaves[:i], one, *leaves[i + 1 :]])
 
-    if sharding.split_axes(DEPTH):
+    if mesh.split_axes(DEPTH):
         jax.eval_shape(trace, volumes)
     pairs = zip(leaves, on_slices, strict=True)
-    return structure.unflatten([sharding.own(leaf, DATA, *[DEPTH] * own) for leaf, own in pairs])
+    return structure.unflatten([mesh.own(leaf, DATA, *[DEPTH] * own) for leaf, own in pairs])
 
 
 def feature_grid(model: Network, shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -154,7 +160,7 @@ def feature_grid(model: Network, shape: tuple[int, ...]) -> tuple[int, int, int]
 
 
 def _real_only(features: Array) -> Array:
-    real = sharding.real(features.shape[1])
+    real = mesh.real(features.shape[1])
     if real is None:
         return features
     return jnp.where(real.reshape(-1, *[1] * (features.ndim - 2)), features, 0)

@@ -14,7 +14,7 @@ has no fast gradient at all.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,16 @@ Sizes = Sequence[int]
 Padding = Sequence[tuple[int, int]]
 Convolution = Callable[[Array, Array], Array]
 
+# The compiler may still keep more.
+keep_arguments = partial(jax.checkpoint, prevent_cse=False)
+
 
 def faster_convolution(
     plain: Convolution, x: Sizes, kernel: Sizes, strides: Sizes, padding: Padding
 ) -> Convolution | None:
     """What to do instead of a `plain` convolution of arrays of these shapes; None: nothing."""
     if len(strides) == 3:
-        return jax.checkpoint(lambda x, kernel: convolution_by_planes(x, kernel, strides, padding))
+        return keep_arguments(lambda x, kernel: convolution_by_planes(x, kernel, strides, padding))
     if len(strides) != 2:
         return None
     window, image = math.prod(kernel[:2]), math.prod(x[1:3])
@@ -44,11 +47,11 @@ def faster_convolution(
         return convolution_by_product(x, kernel, strides, padding)
 
     if swapped:
-        return jax.checkpoint(product)
+        return keep_arguments(product)
     # What the product gathers is larger than the kernel then.
     places = x[0] * math.prod(output_size(x, kernel, strides, padding))
     by_kernel = plain if places >= kernel[-1] else product
-    return jax.checkpoint(_with_derivatives(plain, product, by_kernel))
+    return keep_arguments(_with_derivatives(plain, product, by_kernel))
 
 
 def _with_derivatives(
@@ -64,8 +67,7 @@ def _with_derivatives(
             parts.append(by_input(dx, kernel))
         if not isinstance(dkernel, SymbolicZero):
             parts.append(by_kernel(x, dkernel))
-        y = convolve(x, kernel)
-        return y, sum(parts, start=jnp.zeros_like(y)) if len(parts) != 1 else parts[0]
+        return convolve(x, kernel), sum(parts[1:], start=parts[0])
 
     convolve.defjvp(rule, symbolic_zeros=True)
     return convolve

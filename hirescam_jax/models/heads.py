@@ -11,29 +11,29 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from hirescam_jax.devices import mesh as sharding
+from hirescam_jax.devices import mesh
 from hirescam_jax.devices.mesh import DATA, DEPTH
 
 
 def depth_mean(x: Float[Array, "B d *rest"]) -> Float[Array, "B *rest"]:
     """The mean over the depth of whole volumes."""
-    real = sharding.real(x.shape[1])
+    real = mesh.real(x.shape[1])
     if real is not None:
         # A product, so that a head is seen to be affine.
         x = x * real.reshape(-1, *[1] * (x.ndim - 2))
-    return sharding.total(x.sum(axis=1), DEPTH) / sharding.whole(x.shape[1])
+    return mesh.total(x.sum(axis=1), DEPTH) / mesh.whole(x.shape[1])
 
 
 def depth_max(x: Float[Array, "B d *rest"]) -> Float[Array, "B *rest"]:
     """The maximum over the depth of whole volumes; equal places share the gradient."""
-    real = sharding.real(x.shape[1])
+    real = mesh.real(x.shape[1])
     if real is not None:
         x = jnp.where(real.reshape(-1, *[1] * (x.ndim - 2)), x, -jnp.inf)
-    if not sharding.split_axes(DEPTH):
+    if not mesh.split_axes(DEPTH):
         return x.max(axis=1)
-    best = sharding.largest(x.max(axis=1), DEPTH)
+    best = mesh.largest(x.max(axis=1), DEPTH)
     wins = x == best[:, None]
-    score, count = sharding.total((jnp.where(wins, x, 0).sum(axis=1), wins.sum(axis=1)), DEPTH)
+    score, count = mesh.total((jnp.where(wins, x, 0).sum(axis=1), wins.sum(axis=1)), DEPTH)
     return score / count
 
 
@@ -48,18 +48,18 @@ class DepthDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B d h w C"]) -> Float[Array, "B F"]:
         local, rows = x.shape[1], math.prod(x.shape[2:])
-        whole = sharding.whole(local)
+        whole = mesh.whole(local)
         shape = (whole * rows, self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if sharding.split_axes(DEPTH):
+        if mesh.split_axes(DEPTH):
             # Each device multiplies its own cells with their rows; those of padding are zero.
-            padding = (local * sharding.parts(DEPTH) - whole) * rows
+            padding = (local * mesh.parts(DEPTH) - whole) * rows
             kernel = jnp.pad(kernel, ((0, padding), (0, 0)))
-            start = sharding.first(local) * rows
+            start = mesh.first(local) * rows
             kernel = lax.dynamic_slice_in_dim(kernel, start, local * rows)
         y = jnp.dot(x.reshape(x.shape[0], -1), kernel, precision="highest")
-        return sharding.total(y, DEPTH) + bias
+        return mesh.total(y, DEPTH) + bias
 
 
 class Dropout(nn.Module):
@@ -72,8 +72,8 @@ class Dropout(nn.Module):
         if not train or self.rate == 0:
             return x
         batch, keep = x.shape[0], 1 - self.rate
-        shape = (batch * sharding.parts(DATA), *x.shape[1:])
+        shape = (batch * mesh.parts(DATA), *x.shape[1:])
         kept = jax.random.bernoulli(self.make_rng("dropout"), jnp.float32(keep), shape)
-        if sharding.split_axes(DATA):
+        if mesh.split_axes(DATA):
             kept = lax.dynamic_slice_in_dim(kept, lax.axis_index(DATA) * batch, batch)
         return jnp.where(kept, x / keep, 0)

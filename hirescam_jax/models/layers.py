@@ -16,7 +16,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from hirescam_jax.devices import mesh as sharding
+from hirescam_jax.devices import mesh
 from hirescam_jax.devices.mesh import DATA, DEPTH
 from hirescam_jax.models import cpu
 
@@ -105,7 +105,7 @@ def max_pool(x: Float[Array, "N H W C"], window: int = 3, padding: int = 1) -> A
     What is pooled comes from a ReLU: padding counts as 0 or as nothing, and equal values may share
     a gradient.
     """
-    slices = jax.checkpoint(partial(cpu.max_pool_by_slices, window=window, padding=padding))
+    slices = cpu.keep_arguments(partial(cpu.max_pool_by_slices, window=window, padding=padding))
     plain = partial(max_pool_by_window, window=window, padding=padding)
     return lax.platform_dependent(x, cpu=slices, default=plain)
 
@@ -130,7 +130,7 @@ class BatchNorm(nn.Module):
 
     Variables are those of `nn.BatchNorm`; its running variance is the biased one, this one
     PyTorch's. Statistics are float32 at least, whatever the compute dtype, and under `shard_map`
-    those of the whole batch, over all devices and without padding (`sharding.real_examples`).
+    those of the whole batch, over all devices and without padding (`mesh.real_examples`).
     """
 
     dtype: DTypeLike = jnp.float32
@@ -146,9 +146,9 @@ class BatchNorm(nn.Module):
         if not train:
             factor = scale * lax.rsqrt(var.value + BN_EPSILON)
             return ((x - mean.value) * factor + bias).astype(self.dtype)
-        scale, bias = sharding.own((scale, bias), DATA, DEPTH)
+        scale, bias = mesh.own((scale, bias), DATA, DEPTH)
         y, batch_mean, batch_var, count = normalize_batch(
-            x, scale, bias, sharding.real_examples(x.shape)
+            x, scale, bias, mesh.real_examples(x.shape)
         )
         if not self.is_initializing():
             unbiased = batch_var * (count / jnp.maximum(count - 1, 1))
@@ -176,11 +176,11 @@ def normalize_batch(
 def _normalize_forward(x: Array, scale: Array, bias: Array, real: Array | None) -> tuple:
     x_wide, axes = wide(x), tuple(range(x.ndim - 1))
     counted = _where_real(real, x_wide)
-    count = jnp.asarray(x.size // x.shape[-1] * sharding.parts(DATA, DEPTH), x_wide.dtype)
+    count = jnp.asarray(x.size // x.shape[-1] * mesh.parts(DATA, DEPTH), x_wide.dtype)
     if real is not None:
         each = x.size // (x.shape[-1] * real.size)
-        count = sharding.total(real.sum(dtype=x_wide.dtype) * each, DATA, DEPTH)
-    sums = sharding.total((counted.sum(axes), (counted * x_wide).sum(axes)), DATA, DEPTH)
+        count = mesh.total(real.sum(dtype=x_wide.dtype) * each, DATA, DEPTH)
+    sums = mesh.total((counted.sum(axes), (counted * x_wide).sum(axes)), DATA, DEPTH)
     mean, square = (s / count for s in sums)
     var = jnp.maximum(square - mean * mean, 0)
     inverse = lax.rsqrt(var + BN_EPSILON)
@@ -194,7 +194,7 @@ def _normalize_backward(saved: tuple, cotangents: tuple) -> tuple:
     axes = tuple(range(x.ndim - 1))
     # What is not real has no gradient from above; these are the device's own parts of the sums.
     sums = (grad.sum(axes), (grad * centred).sum(axes))
-    grad_sum, product_sum = sharding.total(sums, DATA, DEPTH)
+    grad_sum, product_sum = mesh.total(sums, DATA, DEPTH)
     spread = centred * (inverse * inverse * product_sum / count)
     grad_x = _where_real(real, (grad - grad_sum / count - spread) * (scale * inverse))
     return grad_x.astype(x.dtype), sums[1] * inverse, sums[0], None

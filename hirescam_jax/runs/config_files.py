@@ -13,6 +13,7 @@ from beartype.door import is_bearable
 
 from hirescam_jax import config as configs
 from hirescam_jax.config import Config
+from hirescam_jax.data import specs
 from hirescam_jax.errors import UserError, nearest
 
 
@@ -132,7 +133,7 @@ def _nearest_argument(error: TypeError) -> str:
     if "unexpected keyword argument" not in str(error) or len(parts) < 2:
         return ""
     owner = str(error).split(".")[0]
-    kinds = [kind for kind in vars(configs).values() if isinstance(kind, type)]
+    kinds = [k for module in (configs, specs) for k in vars(module).values() if isinstance(k, type)]
     for kind in kinds:
         if kind.__name__ == owner and dataclasses.is_dataclass(kind):
             return nearest(parts[1], [spec.name for spec, _ in _fields(kind)])

@@ -2,9 +2,8 @@
 
 from hirescam_jax.config import Config
 from hirescam_jax.data.pipeline import PermutedLabels, Source, open_split
-from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.devices.layout import Layout
-from hirescam_jax.devices.mesh import DATA
+from hirescam_jax.devices.mesh import DATA, make_mesh
 from hirescam_jax.errors import UserError
 from hirescam_jax.models.contract import depth_unit, feature_grid, has_slices
 
@@ -29,7 +28,7 @@ def open_layout(config: Config, shape: tuple[int, ...], *, evaluation: bool = Fa
             a model whose features have none.
     """
     check_slices(config, evaluation)
-    mesh = sharding.make_mesh(config.depth_devices)
+    mesh = make_mesh(config.depth_devices)
     grid, unit = feature_grid(config.model, shape), depth_unit(config.model) or 1
     if evaluation:
         devices = mesh.shape[DATA]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Integer
 
 from hirescam_jax.config import Preprocess
-from hirescam_jax.devices import mesh as sharding
+from hirescam_jax.devices import mesh
 from hirescam_jax.devices.mesh import DEPTH
 
 
@@ -47,14 +47,14 @@ def augment(
     if settings.flip == 0 and settings.rotate == 0:
         return volume_BDHW, regions_BRdhw
     axis_B, turns_B = jax.vmap(draw)(key)
-    if settings.flip > 0 and sharding.parts(DEPTH) > 1:
+    if settings.flip > 0 and mesh.parts(DEPTH) > 1:
         # The slices are on other devices: parts are exchanged, whatever was drawn.
-        sizes = [n * sharding.parts(DEPTH) for n in (volume_BDHW.shape[1], regions_BRdhw.shape[2])]
+        sizes = [n * mesh.parts(DEPTH) for n in (volume_BDHW.shape[1], regions_BRdhw.shape[2])]
         slices, cells = depth or sizes
         turned = axis_B[:, None, None, None] == 0
-        flipped = sharding.flip_depth(volume_BDHW, 1, slices)
+        flipped = mesh.flip_depth(volume_BDHW, 1, slices)
         volume_BDHW = jnp.where(turned, flipped, volume_BDHW)
-        flipped = sharding.flip_depth(regions_BRdhw, 2, cells)
+        flipped = mesh.flip_depth(regions_BRdhw, 2, cells)
         regions_BRdhw = jnp.where(turned[..., None], flipped, regions_BRdhw)
         axis_B = jnp.where(axis_B == 0, -1, axis_B)
     move = jax.vmap(flip_and_rotate)

@@ -12,7 +12,7 @@ import numpy as np
 
 from hirescam_jax.config import Config, check_sizes
 from hirescam_jax.data.pipeline import open_split
-from hirescam_jax.devices import mesh as sharding
+from hirescam_jax.devices import mesh
 from hirescam_jax.devices.layout import Layout
 from hirescam_jax.runs.setup import open_layout
 from hirescam_jax.training.step import batch_loss, compile_train_step, init_state, make_optimizer
@@ -216,7 +216,7 @@ def dry_run(config: Config, memory_gib: float) -> str:
         bigger = dataclasses.replace(config, batch_size=batch)
         return step_cost(bigger, open_layout(bigger, shape), *counts).memory
 
-    unit = layout.mesh.shape[sharding.DATA] * config.micro_batches
+    unit = layout.mesh.shape[mesh.DATA] * config.micro_batches
     best = largest_batch(memory_of, unit, memory_gib * 2**30)
     verdict = f"{best}" if best else f"none (a batch of {unit} does not fit)"
     lines.append(f"largest batch in {memory_gib:g} GiB a device: {verdict}")

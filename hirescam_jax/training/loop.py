@@ -13,8 +13,7 @@ import numpy as np
 
 from hirescam_jax.config import Config, check_sizes
 from hirescam_jax.data.pipeline import Source, eval_batches, train_batches
-from hirescam_jax.devices import mesh as sharding
-from hirescam_jax.devices import processes
+from hirescam_jax.devices import mesh, processes
 from hirescam_jax.devices.layout import Layout
 from hirescam_jax.devices.preemption import Preemption
 from hirescam_jax.errors import Preempted, UserError
@@ -82,7 +81,7 @@ def train(
     saver = Saver(run_dir, header, resume=resume)
 
     init = partial(init_state, config, optimizer, tuple(training.shape))
-    fresh = jax.jit(init, out_shardings=sharding.replicated(layout.mesh))()
+    fresh = jax.jit(init, out_shardings=mesh.replicated(layout.mesh))()
     state = saver.restore(fresh)
     if state is fresh:
         start = start or start_of(config, layout.shape)
@@ -170,7 +169,7 @@ def start_of(config: Config, shape: tuple[int, ...]) -> dict[str, Any]:
 
 def with_weights(state: TrainState, start: dict[str, Any], layout: Layout) -> TrainState:
     """The initial state with the variables of `start_of` in the place of its own."""
-    own = sharding.replicate(start, layout.mesh)
+    own = mesh.replicate(start, layout.mesh)
     return state.replace(
         params={**state.params, **own.get("params", {})},
         batch_stats={**state.batch_stats, **own.get("batch_stats", {})},

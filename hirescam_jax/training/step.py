@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from hirescam_jax.compiling import compiler_options
 from hirescam_jax.config import SGD, Config
-from hirescam_jax.devices import mesh as sharding
+from hirescam_jax.devices import mesh
 from hirescam_jax.devices.layout import Layout
 from hirescam_jax.devices.mesh import DATA, DEPTH, WHOLE
 from hirescam_jax.explanations.cam import hirescam
@@ -88,9 +88,9 @@ def train_step(
         start = (jax.tree.map(jnp.zeros_like, params), state.batch_stats)
         (grads, batch_stats), metrics = jax.lax.scan(micro_step, start, (keys, micro_batches))
         grads, metrics = jax.tree.map(lambda x: x / count, (grads, jax.tree.map(sum, metrics)))
-    grads = sharding.total_of_parts(grads, DATA, DEPTH)
+    grads = mesh.total_of_parts(grads, DATA, DEPTH)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {**sharding.total(metrics, DATA), "grad_norm": optax.tree.norm(grads)}
+    metrics = {**mesh.total(metrics, DATA), "grad_norm": optax.tree.norm(grads)}
     new_state = TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
@@ -124,23 +124,23 @@ def batch_loss(
             attention_loss = forbidden_attention(maps, batch["findings"], regions)
     loss = class_loss + config.mask_weight * attention_loss
     metrics = {"loss": loss, "class_loss": class_loss, "mask_loss": attention_loss}
-    share = jax.tree.map(lambda x: x / sharding.parts(DATA), metrics)
+    share = jax.tree.map(lambda x: x / mesh.parts(DATA), metrics)
     return share["loss"], (batch_stats, share)
 
 
 def volumes_of(batch: dict[str, Array], depth: tuple[int, int] | None) -> Any:
-    """`sharding.volume_of` this batch."""
+    """`mesh.volume_of` this batch."""
     size, _, cells, *_ = batch["regions"].shape
-    return sharding.volume_of(size, cells, depth[1] if depth else cells)
+    return mesh.volume_of(size, cells, depth[1] if depth else cells)
 
 
 def forbidden_attention(attention: Array, findings: Array, regions: Array) -> Array:
     """The mask loss; what is padding along the depth is never forbidden."""
     allowed = allowed_of(findings, regions)
-    real = sharding.real(regions.shape[2])
+    real = mesh.real(regions.shape[2])
     if real is not None:
         allowed |= ~real[:, None, None]
-    split = sharding.split_axes(DEPTH)
+    split = mesh.split_axes(DEPTH)
     return mask_loss(attention, allowed, axis_name=split[0] if split else None)
 
 
@@ -170,7 +170,7 @@ def eval_step(
     loss = class_loss + config.mask_weight * attention_loss
     sums = {"loss": loss, "class_loss": class_loss, "mask_loss": attention_loss}
     sums = {name: jnp.sum(value * batch["weight"]) for name, value in sums.items()}
-    return sharding.total(sums, DATA)
+    return mesh.total(sums, DATA)
 
 
 def on_mesh(step: Callable, layout: Layout, **options: Any) -> Any:
@@ -181,8 +181,8 @@ def on_mesh(step: Callable, layout: Layout, **options: Any) -> Any:
     part = partial(step, depth=(layout.shape[0], layout.cells), **options)
 
     def whole(state: Any, batch: dict[str, Array]) -> Any:
-        specs = {name: sharding.SPECS[name] for name in batch}
-        return sharding.split(part, layout.mesh, (WHOLE, specs), WHOLE)(state, batch)
+        specs = {name: mesh.SPECS[name] for name in batch}
+        return mesh.split(part, layout.mesh, (WHOLE, specs), WHOLE)(state, batch)
 
     donated = 0 if step is train_step else ()
     return jax.jit(whole, donate_argnums=donated, compiler_options=compiler_options())
@@ -218,7 +218,7 @@ def compile_train_step(
     config: Config, optimizer: Any, layout: Layout, labels: int, regions: int
 ) -> Any:
     """The compiled `train_step` (state, batch -> state, metrics), for which no data is needed."""
-    everywhere = sharding.replicated(layout.mesh)
+    everywhere = mesh.replicated(layout.mesh)
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
         jax.eval_shape(partial(init_state, config, optimizer, tuple(layout.shape))),
@@ -232,7 +232,7 @@ def compile_train_step(
     }
     batch = {
         name: jax.ShapeDtypeStruct(
-            shape, dtype, sharding=NamedSharding(layout.mesh, sharding.SPECS[name])
+            shape, dtype, sharding=NamedSharding(layout.mesh, mesh.SPECS[name])
         )
         for name, (shape, dtype) in shapes.items()
     }

@@ -226,7 +226,7 @@ def test_what_is_padding_is_known_or_refused(function, shape, line):
 
 
 def test_a_split_depth_without_its_number_of_cells_is_refused():
-    with pytest.raises(ValueError, match=r"enter `sharding\.volume_of` first"):
+    with pytest.raises(ValueError, match=r"enter `mesh\.volume_of` first"):
         jax.make_jaxpr(on_abstract_mesh(depth_mean))(jnp.zeros((4, 12, 5)))
 
 

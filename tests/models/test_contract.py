@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mesh_program import LABELS, Bare, batch_of
 
 from hirescam_jax import explain, guided_attention, hirescam, mask_loss
 from hirescam_jax.config import SGD, Config, Preprocess
@@ -34,13 +33,14 @@ from hirescam_jax.models.contract import (
     logits_of,
     training_features,
 )
+from hirescam_jax.runs.setup import open_layout
 from hirescam_jax.training.step import (
     eval_step,
     init_state,
     make_optimizer,
-    open_layout,
     train_step,
 )
+from tests.devices.mesh_program import LABELS, Bare, batch_of
 
 SHAPE = (6, 16, 16)
 KINDS = (VGG, AxialNet, BodyConv, Conv3DNet, CTNet, DenseNet, MobileNetV2, ResNetClassifier)

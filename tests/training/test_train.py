@@ -20,10 +20,10 @@ from tensorboardX.proto import event_pb2
 
 from hirescam_jax.config import SGD, Adam, Config, Preprocess
 from hirescam_jax.data.specs import StoreData
-from hirescam_jax.devices import mesh as sharding
 from hirescam_jax.errors import UserError
 from hirescam_jax.models import AxialNet, Conv3DNet
 from hirescam_jax.models.contract import feature_grid
+from hirescam_jax.runs import setup
 from hirescam_jax.runs.run import Header, load_run
 from hirescam_jax.training import loop as train_module
 from hirescam_jax.training.augment import augment
@@ -641,7 +641,7 @@ def test_header_there_and_back(tmp_path):
 
 def test_batch_that_does_not_divide_over_the_devices(monkeypatch, tmp_path):
     fake = Mesh(np.array([[None]] * 3), ("data", "depth"))
-    monkeypatch.setattr(sharding, "make_mesh", lambda depth: fake)
+    monkeypatch.setattr(setup, "make_mesh", lambda depth: fake)
     with pytest.raises(UserError, match="batch_size = 2 does not divide over 3 devices"):
         run_training(config_of(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
