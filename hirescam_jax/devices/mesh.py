@@ -157,9 +157,7 @@ def whole(local: int) -> int:
     """
     if parts(DEPTH) == 1:
         return local
-    volumes = _volumes.value
-    if volumes is None:
-        raise ValueError("the depth is split over devices: enter `mesh.volume_of` first")
+    volumes = _told()
     if local % volumes.local:
         raise ValueError(
             f"{local} places along the depth, on a device that has {volumes.local} feature cells "
@@ -173,7 +171,7 @@ def real(local: int) -> Bool[Array, " d"] | None:
     device has any padding. Raises as `whole`."""
     if parts(DEPTH) == 1 or _unpadded():
         return None
-    return first(local) + jnp.arange(local) < whole(local)
+    return _mask(local)
 
 
 def real_examples(shape: Sequence[int]) -> Bool[Array, "..."] | None:
@@ -181,11 +179,11 @@ def real_examples(shape: Sequence[int]) -> Bool[Array, "..."] | None:
     [B * slices, h, w, C] or volumes [B, d, h, w, C]. None where no device has any padding.
 
     Raises:
-        ValueError: it cannot be told, since the array is of another kind.
+        ValueError: it cannot be told, since the array is of another kind; or as `whole`.
     """
     if parts(DEPTH) == 1 or _unpadded():
         return None
-    batch = _volumes.value.batch
+    batch = _told().batch
     if len(shape) == 5 and shape[0] == batch:
         places, lead = shape[1], (1, shape[1])
     elif len(shape) == 4 and shape[0] % batch == 0:
@@ -195,9 +193,18 @@ def real_examples(shape: Sequence[int]) -> Bool[Array, "..."] | None:
             f"an array of shape {tuple(shape)} is neither images [B * slices, h, w, C] nor volumes "
             f"[B, d, h, w, C] with B = {batch}: it cannot be told which of it is padding"
         )
-    mask = first(places) + jnp.arange(places) < whole(places)
-    mask = jnp.tile(mask, math.prod(lead) // places)
+    mask = jnp.tile(_mask(places), math.prod(lead) // places)
     return mask.reshape(*lead, *[1] * (len(shape) - len(lead)))
+
+
+def _mask(local: int) -> Bool[Array, " d"]:
+    return first(local) + jnp.arange(local) < whole(local)
+
+
+def _told() -> _Volumes:
+    if _volumes.value is None:
+        raise ValueError("the depth is split over devices: enter `mesh.volume_of` first")
+    return _volumes.value
 
 
 def _unpadded() -> bool:

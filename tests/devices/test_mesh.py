@@ -225,9 +225,12 @@ def test_what_is_padding_is_known_or_refused(function, shape, line):
         traced(function, 10, shape)
 
 
-def test_a_split_depth_without_its_number_of_cells_is_refused():
+@pytest.mark.parametrize(
+    ("function", "shape"), [(depth_mean, (4, 12, 5)), (norm, (4, 12, 5, 5, 1))]
+)
+def test_a_split_depth_without_its_number_of_cells_is_refused(function, shape):
     with pytest.raises(ValueError, match=r"enter `mesh\.volume_of` first"):
-        jax.make_jaxpr(on_abstract_mesh(depth_mean))(jnp.zeros((4, 12, 5)))
+        jax.make_jaxpr(on_abstract_mesh(function))(jnp.zeros(shape))
 
 
 def test_a_head_that_leaves_the_slices_apart_is_refused():
